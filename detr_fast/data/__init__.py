@@ -1,0 +1,1 @@
+"""From annotated image files to batches: reading, checking, augmenting, padding."""
