@@ -1,0 +1,42 @@
+"""DETR as an installable library: the original's model, matcher and criterion on custom kernels."""
+
+from detr_fast.build import build_model, model_from_checkpoint
+from detr_fast.criterion import SetCriterion
+from detr_fast.data.batch import ImageBatch
+from detr_fast.matcher import HungarianMatcher
+from detr_fast.models.backbone import Backbone, FeatureBackbone, Joiner
+from detr_fast.models.detr import MLP, Detr, DetrDemo
+from detr_fast.models.position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine
+from detr_fast.models.presets import detr_resnet50, detr_resnet50_dc5, detr_resnet101, detr_resnet101_dc5
+from detr_fast.models.transformer import Transformer
+from detr_fast.postprocess import PostProcess
+
+# The original's own spellings.
+DETR = Detr
+DETRdemo = DetrDemo
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DETR",
+    "MLP",
+    "Backbone",
+    "DETRdemo",
+    "Detr",
+    "DetrDemo",
+    "FeatureBackbone",
+    "HungarianMatcher",
+    "ImageBatch",
+    "Joiner",
+    "PositionEmbeddingLearned",
+    "PositionEmbeddingSine",
+    "PostProcess",
+    "SetCriterion",
+    "Transformer",
+    "build_model",
+    "detr_resnet50",
+    "detr_resnet50_dc5",
+    "detr_resnet101",
+    "detr_resnet101_dc5",
+    "model_from_checkpoint",
+]

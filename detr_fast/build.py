@@ -1,0 +1,238 @@
+"""Puts models together: from the original's argument namespace, or from a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from detr_fast.checkpoint import CheckpointError, load_checkpoint, load_weights
+from detr_fast.criterion import SetCriterion
+from detr_fast.matcher import HungarianMatcher
+from detr_fast.models.detr import Detr
+from detr_fast.models.presets import build_backbone
+from detr_fast.models.transformer import Transformer
+from detr_fast.postprocess import PostProcess
+
+# torchvision's IMAGENET1K_V1 weights, those the original starts from; the file name ends in its hash.
+IMAGENET_URLS = {
+    "resnet18": "https://download.pytorch.org/models/resnet18-f37072fd.pth",
+    "resnet34": "https://download.pytorch.org/models/resnet34-b627a593.pth",
+    "resnet50": "https://download.pytorch.org/models/resnet50-0676ba61.pth",
+    "resnet101": "https://download.pytorch.org/models/resnet101-63fe2227.pth",
+}
+
+# The original's defaults, for what a namespace or a checkpoint does not say.
+DEFAULTS: dict[str, Any] = {
+    "backbone": "resnet50",
+    "dilation": False,
+    "position_embedding": "sine",
+    "lr_backbone": 1e-5,
+    "hidden_dim": 256,
+    "nheads": 8,
+    "enc_layers": 6,
+    "dec_layers": 6,
+    "dim_feedforward": 2048,
+    "dropout": 0.1,
+    "pre_norm": False,
+    "num_queries": 100,
+    "aux_loss": True,
+    "masks": False,
+    "set_cost_class": 1,
+    "set_cost_bbox": 5,
+    "set_cost_giou": 2,
+    "bbox_loss_coef": 5,
+    "giou_loss_coef": 2,
+    "eos_coef": 0.1,
+    "dataset_file": "coco",
+    "device": "cpu",
+}
+
+
+def build_model(args: Any) -> tuple[Detr, SetCriterion, dict[str, nn.Module]]:
+    """Model, criterion and post-processors for the original's argument namespace.
+
+    Beyond the original's names, ``args.num_classes`` gives the number of classes, and ``args.backbone_weights`` where
+    the backbone starts: "imagenet" (as in the original; the default), a file of torchvision's weights, or "none".
+
+    Args:
+        args: any object with the original's attributes; what it lacks has the original's default.
+
+    Returns:
+        The model, the criterion (moved to ``args.device``), and ``{"bbox": PostProcess()}``.
+
+    Raises:
+        ValueError: an option has no such value.
+        CheckpointError: the file of backbone weights cannot be read.
+
+    Warns:
+        UserWarning: the ImageNet weights cannot be had, and the backbone starts from random ones.
+    """
+    options = _options(args)
+    model = model_from_args(options)
+    weights = getattr(args, "backbone_weights", "imagenet")
+    if weights == "imagenet" and options.backbone in IMAGENET_URLS:
+        try:
+            load_backbone_weights(model, options.backbone, weights)
+        except CheckpointError as error:
+            warnings.warn(f"{error}; the backbone starts from random weights", stacklevel=2)
+    elif weights not in ("none", "imagenet"):
+        load_backbone_weights(model, options.backbone, weights)
+    criterion = criterion_from_args(options)
+    return model, criterion.to(options.device), {"bbox": PostProcess()}
+
+
+def model_from_args(args: Any) -> Detr:
+    """The model alone, with random weights; ``args`` as in ``build_model``."""
+    options = _options(args)
+    if options.masks:
+        raise ValueError("masks=True: the mask head is not part of this version")
+    backbone = build_backbone(
+        options.backbone,
+        hidden_dim=options.hidden_dim,
+        position_embedding=options.position_embedding,
+        train_backbone=options.lr_backbone > 0,
+        dilation=options.dilation,
+    )
+    transformer = Transformer(
+        d_model=options.hidden_dim,
+        nhead=options.nheads,
+        num_encoder_layers=options.enc_layers,
+        num_decoder_layers=options.dec_layers,
+        dim_feedforward=options.dim_feedforward,
+        dropout=options.dropout,
+        normalize_before=options.pre_norm,
+        return_intermediate_dec=True,
+    )
+    return Detr(backbone, transformer, options.num_classes, options.num_queries, options.aux_loss)
+
+
+def criterion_from_args(args: Any) -> SetCriterion:
+    """Matcher, loss weights (the same at every decoder layer) and criterion; ``args`` as in ``build_model``."""
+    options = _options(args)
+    matcher = HungarianMatcher(options.set_cost_class, options.set_cost_bbox, options.set_cost_giou)
+    weights = {"loss_ce": 1.0, "loss_bbox": options.bbox_loss_coef, "loss_giou": options.giou_loss_coef}
+    layers = range(options.dec_layers - 1) if options.aux_loss else ()
+    weight_dict = weights | {f"{name}_{layer}": weight for layer in layers for name, weight in weights.items()}
+    return SetCriterion(
+        options.num_classes,
+        matcher=matcher,
+        weight_dict=weight_dict,
+        eos_coef=options.eos_coef,
+        losses=["labels", "boxes", "cardinality"],
+    )
+
+
+def load_backbone_weights(model: Detr, name: str, weights: str | os.PathLike[str] = "imagenet") -> None:
+    """Start the backbone of ``model`` from a classifier's weights.
+
+    Args:
+        model: a model whose backbone is one of ``build_backbone``'s.
+        name: the backbone's name.
+        weights: "imagenet", torchvision's ImageNet weights, downloaded to torch.hub's cache on first use; or a file
+            with torchvision's parameter names, whose classifier (``fc``) is left out.
+
+    Raises:
+        CheckpointError: the weights cannot be had, or belong to another network.
+    """
+    state_dict = _download(name) if weights == "imagenet" else load_checkpoint(weights)["model"]
+    body = {key: value for key, value in state_dict.items() if not key.startswith("fc.")}
+    load_weights(model.backbone[0].body, body)  # type: ignore[index,union-attr]
+
+
+def _download(name: str) -> dict[str, Tensor]:
+    if name not in IMAGENET_URLS:
+        raise CheckpointError(f"there are no ImageNet weights for the backbone {name!r}")
+    try:
+        return torch.hub.load_state_dict_from_url(IMAGENET_URLS[name], map_location="cpu", check_hash=True)
+    except (urllib.error.URLError, OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"cannot download ImageNet weights for {name} from {IMAGENET_URLS[name]}: {error}"
+        ) from None
+
+
+@dataclass(frozen=True)
+class CheckpointMeta:
+    """What a checkpoint says besides weights.
+
+    Attributes:
+        categories: category id to name; empty where the file has none.
+        args: the original's option names and the values the model was built with.
+    """
+
+    categories: dict[int, str] = field(default_factory=dict)
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+def model_from_checkpoint(path: str | os.PathLike[str], **overrides: Any) -> tuple[Detr, CheckpointMeta]:
+    """Rebuild a model from its checkpoint alone: one of ours, or one of the original's.
+
+    The architecture is read off the parameters' shapes. What shapes do not tell (``nheads``, ``dilation``) comes from
+    the file's own arguments or else is the original's default; ``overrides`` go before both (a published DC5
+    checkpoint needs ``dilation=True``). Averaged weights (EMA) are preferred where the file has them.
+
+    Returns:
+        The model in eval mode, and what the file says besides.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is not a DETR's.
+    """
+    checkpoint = load_checkpoint(path)
+    state_dict = checkpoint.get("ema") or checkpoint["model"]
+    args = DEFAULTS | checkpoint["args"] | _read_architecture(state_dict, path) | overrides
+    model = model_from_args(SimpleNamespace(**args))
+    load_weights(model, state_dict)
+    categories = {int(key): str(name) for key, name in (checkpoint.get("categories") or {}).items()}
+    return model.eval(), CheckpointMeta(categories, args)
+
+
+def _read_architecture(state_dict: Mapping[str, Tensor], path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The options that parameter names and shapes give away."""
+    if any(key.startswith("mask_head.") for key in state_dict):
+        raise CheckpointError(f"{path} is a segmentation checkpoint: the mask head is not part of this version")
+    try:
+        num_queries, hidden_dim = state_dict["query_embed.weight"].shape
+        return {
+            "num_queries": num_queries,
+            "hidden_dim": hidden_dim,
+            "num_classes": len(state_dict["class_embed.bias"]) - 1,
+            "enc_layers": _count(state_dict, r"transformer\.encoder\.layers\.(\d+)\."),
+            "dec_layers": _count(state_dict, r"transformer\.decoder\.layers\.(\d+)\."),
+            "dim_feedforward": len(state_dict["transformer.decoder.layers.0.linear1.bias"]),
+            "pre_norm": "transformer.encoder.norm.weight" in state_dict,
+            "position_embedding": "learned" if "backbone.1.row_embed.weight" in state_dict else "sine",
+            "backbone": _backbone_name(state_dict),
+        }
+    except KeyError as error:
+        raise CheckpointError(f"{path} is not a DETR checkpoint: it has no {error}") from None
+
+
+def _backbone_name(state_dict: Mapping[str, Tensor]) -> str:
+    if "backbone.0.body.stem.weight" in state_dict:
+        return "tiny"
+    bottleneck = "backbone.0.body.layer1.0.conv3.weight" in state_dict
+    depth = _count(state_dict, r"backbone\.0\.body\.layer3\.(\d+)\.")
+    names = {(False, 2): "resnet18", (False, 6): "resnet34", (True, 6): "resnet50", (True, 23): "resnet101"}
+    if (bottleneck, depth) not in names:
+        raise KeyError("backbone known to this package")
+    return names[bottleneck, depth]
+
+
+def _count(state_dict: Mapping[str, Tensor], pattern: str) -> int:
+    numbers = [int(found[1]) for key in state_dict if (found := re.match(pattern, key))]
+    return 1 + max(numbers, default=-1)
+
+
+def _options(args: Any) -> SimpleNamespace:
+    options = SimpleNamespace(**(DEFAULTS | {key: value for key, value in vars(args).items() if value is not None}))
+    if not hasattr(options, "num_classes"):
+        # One more than the largest label, as the original has it for each data set.
+        options.num_classes = {"coco": 91, "coco_panoptic": 250}.get(options.dataset_file, 20)
+    return options

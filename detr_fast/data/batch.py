@@ -1,0 +1,114 @@
+"""Images of different sizes as one padded tensor, with a mask that says where the padding is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+Target: TypeAlias = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Images (or feature maps) in the top left corner of a common frame; the rest is padding.
+
+    Takes the place of the original's ``NestedTensor``: it has ``tensors``, ``mask``, ``decompose`` and ``to``.
+
+    Attributes:
+        images: [B, 3, H, W] float, zero in the padding (feature maps: [B, channels, H, W]).
+        mask: [B, H, W] bool, True = padding.
+    """
+
+    images: Tensor
+    mask: Tensor
+
+    def __post_init__(self) -> None:
+        batch, _, height, width = _shape_of_images(self.images)
+        if self.mask.shape != (batch, height, width) or self.mask.dtype != torch.bool:
+            raise ValueError(
+                f"mask must be bool [{batch}, {height}, {width}], got {self.mask.dtype} {list(self.mask.shape)}"
+            )
+
+    @property
+    def tensors(self) -> Tensor:
+        """The original's name for ``images``."""
+        return self.images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def decompose(self) -> tuple[Tensor, Tensor]:
+        """``(images, mask)``."""
+        return self.images, self.mask
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> ImageBatch:
+        """The same batch on ``device``."""
+        images = self.images.to(device, non_blocking=non_blocking)
+        return ImageBatch(images, self.mask.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> ImageBatch:
+        """The same batch in page-locked memory; a ``DataLoader(pin_memory=True)`` calls this."""
+        return ImageBatch(self.images.pin_memory(), self.mask.pin_memory())
+
+    @staticmethod
+    def of(samples: Any) -> ImageBatch:
+        """Make a batch of whatever a model was given.
+
+        Args:
+            samples: a list of [3, h, w] images of any sizes, one [B, 3, H, W] tensor without padding, an
+                ``ImageBatch``, or anything with ``tensors`` and ``mask`` (the original's ``NestedTensor``).
+
+        Raises:
+            ValueError: there is no image, or a shape is not as above.
+            TypeError: ``samples`` is something else.
+        """
+        if isinstance(samples, ImageBatch):
+            return samples
+        if isinstance(samples, Tensor):
+            batch, _, height, width = _shape_of_images(samples)
+            return ImageBatch(samples, samples.new_zeros((batch, height, width), dtype=torch.bool))
+        if hasattr(samples, "tensors") and hasattr(samples, "mask"):
+            return ImageBatch(samples.tensors, samples.mask)
+        if isinstance(samples, Sequence):
+            return pad_images(samples)
+        raise TypeError(
+            f"samples must be a list of images, a tensor, an ImageBatch or a NestedTensor, got {type(samples).__name__}"
+        )
+
+
+def pad_images(images: Sequence[Tensor]) -> ImageBatch:
+    """Put [3, h, w] images of any sizes into the smallest frame that holds them all."""
+    if not images:
+        raise ValueError("samples must hold at least one image, got an empty list")
+    for index, image in enumerate(images):
+        if image.ndim != 3 or image.shape[0] != images[0].shape[0] or 0 in image.shape:
+            expected = f"[{images[0].shape[0] if images[0].ndim == 3 else 3}, height, width]"
+            raise ValueError(f"image {index} must be {expected}, got {list(image.shape)}")
+    channels = images[0].shape[0]
+    height, width = max(image.shape[1] for image in images), max(image.shape[2] for image in images)
+    frame = images[0].new_zeros((len(images), channels, height, width))
+    mask = torch.ones((len(images), height, width), dtype=torch.bool, device=frame.device)
+    for image, padded, padding in zip(images, frame, mask, strict=True):
+        h, w = image.shape[1:]
+        padded[:, :h, :w] = image
+        padding[:h, :w] = False
+    return ImageBatch(frame, mask)
+
+
+def collate(samples: Sequence[tuple[Tensor, Target]]) -> tuple[ImageBatch, list[Target]]:
+    """A ``DataLoader``'s ``collate_fn``: (image, target) pairs to one padded batch and the list of targets."""
+    images, targets = zip(*samples, strict=True)
+    return pad_images(images), list(targets)
+
+
+def _shape_of_images(images: Tensor) -> tuple[int, int, int, int]:
+    if images.ndim != 4:
+        raise ValueError(f"images must be [B, channels, height, width], got {list(images.shape)}")
+    if 0 in images.shape:
+        raise ValueError(f"images must hold at least one image of at least one pixel, got {list(images.shape)}")
+    batch, channels, height, width = images.shape
+    return batch, channels, height, width
