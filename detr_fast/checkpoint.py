@@ -233,7 +233,7 @@ def _check_same_shapes(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -
 
 
 def random_state() -> dict[str, Any]:
-    """The state of torch's, NumPy's and Python's generators and of every CUDA device, in types that can be loaded safely."""
+    """The state of torch's, NumPy's and Python's generators and of every CUDA device, in types that load safely."""
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),

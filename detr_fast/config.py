@@ -1,0 +1,127 @@
+"""What a training run can be told, as frozen dataclasses; each field's ``help`` is also the command line's.
+
+Field names are the original DETR's option names where it has them, so that ``TrainConfig.to_args()`` in a checkpoint is
+read like the original's ``args``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+PAPER_SCALES = tuple(range(480, 801, 32))
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+def _check(condition: bool, name: str, expected: str, value: Any) -> None:
+    if not condition:
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model: a backbone and a transformer (section 3.2 of the paper)."""
+
+    backbone: str = _option("resnet50", "resnet18, resnet34, resnet50, resnet101, or tiny (small, from scratch)")
+    dilation: bool = _option(False, "stride 1 in the backbone's last stage (DC5): twice the resolution")
+    position_embedding: str = _option("sine", "sine or learned positional encodings")
+    hidden_dim: int = _option(256, "width of the transformer")
+    nheads: int = _option(8, "attention heads")
+    enc_layers: int = _option(6, "encoder layers")
+    dec_layers: int = _option(6, "decoder layers")
+    dim_feedforward: int = _option(2048, "width of the transformer's feed-forward layers")
+    dropout: float = _option(0.1, "dropout in the transformer")
+    pre_norm: bool = _option(False, "normalise before each sublayer instead of after it")
+    num_queries: int = _option(100, "object queries: the most objects that one image can have")
+    aux_loss: bool = _option(True, "a loss after every decoder layer, not only the last")
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_dim", "nheads", "dec_layers", "dim_feedforward", "num_queries"):
+            _check(getattr(self, name) > 0, name, "positive", getattr(self, name))
+        _check(self.enc_layers >= 0, "enc_layers", "0 or more", self.enc_layers)
+        _check(0 <= self.dropout < 1, "dropout", "in [0, 1)", self.dropout)
+        _check(self.hidden_dim % self.nheads == 0, "hidden_dim", f"a multiple of {self.nheads=}", self.hidden_dim)
+        choices = ("sine", "learned")
+        _check(self.position_embedding in choices, "position_embedding", f"one of {choices}", self.position_embedding)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights in the matching cost and in the loss (sections 3.1 and A.2 of the paper)."""
+
+    set_cost_class: float = _option(1.0, "weight of the class in the matching cost")
+    set_cost_bbox: float = _option(5.0, "weight of the L1 distance in the matching cost")
+    set_cost_giou: float = _option(2.0, "weight of the generalised IoU in the matching cost")
+    bbox_loss_coef: float = _option(5.0, "weight of the L1 loss")
+    giou_loss_coef: float = _option(2.0, "weight of the generalised IoU loss")
+    eos_coef: float = _option(0.1, "weight of the class no-object in the cross-entropy")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimisation: AdamW with one drop of the learning rate (section 4 of the paper)."""
+
+    epochs: int = _option(300, "passes over the training set")
+    lr: float = _option(1e-4, "learning rate of everything but the backbone")
+    lr_backbone: float = _option(1e-5, "learning rate of the backbone; 0 freezes it")
+    lr_drop: int = _option(200, "epochs after which both learning rates fall to a tenth")
+    weight_decay: float = _option(1e-4, "AdamW's weight decay")
+    clip_max_norm: float = _option(0.1, "largest norm of the gradient, 0 for no clipping")
+    accumulate: int = _option(1, "batches per update; their losses, each normalised by itself, are averaged")
+    amp: bool = _option(False, "forward pass in bfloat16 (autocast); losses and weights stay float32")
+    ema_decay: float = _option(0.0, "keep and evaluate a moving average of the weights, such as 0.9997; 0 for none")
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "lr_drop", "accumulate"):
+            _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("lr", "lr_backbone", "weight_decay", "clip_max_norm"):
+            _check(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
+        _check(0 <= self.ema_decay < 1, "ema_decay", "in [0, 1)", self.ema_decay)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run on data in COCO format."""
+
+    train_images: Path
+    train_annotations: Path
+    val_images: Path
+    val_annotations: Path
+    output_dir: Path
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    batch_size: int = _option(2, "images per batch and process")
+    scales: tuple[int, ...] = _option(PAPER_SCALES, "training sizes of an image's shorter side; the largest evaluates")
+    max_size: int = _option(1333, "longest side of an image")
+    num_workers: int = _option(2, "processes that load images, per training process")
+    device: str = _option("auto", "cuda, cpu, mps, or auto: cuda where there is a GPU")
+    seed: int = _option(42, "seed of weights, data order, augmentation and dropout")
+    resume: bool = _option(False, "continue the run in the output folder exactly; start it where there is none yet")
+    pretrained: Path | None = _option(None, "start from the weights in this checkpoint")
+    reset_class_head: bool = _option(False, "with --pretrained: start the class head anew, for other categories")
+    backbone_weights: str = _option("imagenet", "a ResNet's start: imagenet (a download), none, or a file")
+    save_every: int = _option(0, "also keep checkpoint<epoch>.pth every so many epochs, 0 for never")
+    log_every: int = _option(10, "updates between two readings of the loss")
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_size", "log_every"):
+            _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("num_workers", "save_every"):
+            _check(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
+        _check(bool(self.scales) and min(self.scales) >= 1, "scales", "one or more positive sizes", self.scales)
+        _check(not self.reset_class_head or bool(self.pretrained), "reset_class_head", "used with pretrained", True)
+
+    def to_args(self) -> dict[str, Any]:
+        """Every option by its flat name, in plain types, with the original's other names that its readers ask for."""
+        groups = {name: getattr(self, name) for name in ("model", "loss", "optim")}
+        flat = {name: value for name, value in vars(self).items() if name not in groups}
+        for group in groups.values():
+            flat.update(asdict(group))
+        flat.update({name: str(value) for name, value in flat.items() if isinstance(value, Path)})
+        flat.update(scales=list(self.scales), dataset_file="coco", masks=False, frozen_weights=None)
+        return flat
