@@ -1,0 +1,127 @@
+#include "assignment.h"
+
+#include <algorithm>
+#include <memory>
+
+#include "../core/lsap.h"
+#include "thread_pool.h"
+
+// The scan of a row is compiled for each of these vector widths, and the loader picks one. A sanitizer's runtime is
+// not up yet when the loader does so.
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__SANITIZE_ADDRESS__) && \
+    !defined(__SANITIZE_THREAD__) && !defined(DETR_FAST_ONE_TARGET)
+#define DETR_FAST_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), flatten))
+#else
+#define DETR_FAST_CLONES
+#endif
+
+namespace detr_fast {
+namespace {
+
+// Fewer costs than this are done before another thread has woken up (about 20 microseconds).
+constexpr int64_t costs_worth_a_thread = 1 << 15;
+
+struct Batch {
+    int64_t queries;
+    int64_t targets;  // of the widest problem
+    int64_t strides[3];
+    const int64_t* num_targets;
+    int64_t* query_of_target;
+    int32_t* outcome;
+};
+
+// Memory that a thread keeps from problem to problem, unless it is much.
+class Scratch {
+  public:
+    unsigned char* reserve(size_t bytes) {
+        if (bytes > capacity_) {
+            memory_.reset();
+            capacity_ = 0;
+            memory_.reset(new unsigned char[bytes]);  // make_unique would fill it with zeros
+            capacity_ = bytes;
+        }
+        return memory_.get();
+    }
+
+    void release_if_large() {
+        if (capacity_ <= largest_kept) return;
+        memory_.reset();
+        capacity_ = 0;
+    }
+
+  private:
+    static constexpr size_t largest_kept = size_t{4} << 20;
+    std::unique_ptr<unsigned char[]> memory_;
+    size_t capacity_ = 0;
+};
+
+DETR_FAST_CLONES Outcome solve(const CostMatrix<float>& cost, const Assignment& a) {
+    return solve_assignment(OneThread{}, cost, a);
+}
+
+DETR_FAST_CLONES Outcome solve(const CostMatrix<double>& cost, const Assignment& a) {
+    return solve_assignment(OneThread{}, cost, a);
+}
+
+// A problem's rows are its targets, or its queries where these are not more: SciPy's choice, which ties depend on.
+template <typename Cost>
+void solve_problem(const Batch& batch, const Cost* cost, int64_t p) {
+    const int64_t targets = batch.num_targets[p];
+    const bool rows_are_targets = targets < batch.queries;
+    const int64_t rows = rows_are_targets ? targets : batch.queries;
+    const int64_t columns = rows_are_targets ? batch.queries : targets;
+    const int64_t row_stride = batch.strides[rows_are_targets ? 2 : 1];
+    const int64_t column_stride = batch.strides[rows_are_targets ? 1 : 2];
+    int64_t* out = batch.query_of_target + p * batch.targets;
+    std::fill(out, out + batch.targets, -1);
+    batch.outcome[p] = static_cast<int32_t>(Outcome::solved);
+    if (rows == 0) return;
+
+    static thread_local Scratch scratch;
+    const bool in_place = column_stride == 1;
+    const size_t state = Assignment::bytes(rows, columns);
+    const size_t tile = in_place ? 0 : static_cast<size_t>(rows * columns) * sizeof(Cost);
+    unsigned char* memory = scratch.reserve(state + tile);
+    CostMatrix<Cost> matrix{cost + p * batch.strides[0], row_stride, static_cast<int32_t>(rows),
+                            static_cast<int32_t>(columns)};
+    if (!in_place) {
+        auto* packed = reinterpret_cast<Cost*>(memory + state);
+        for (int64_t j = 0; j < columns; ++j) {
+            const Cost* column = matrix.entries + j * column_stride;
+            for (int64_t i = 0; i < rows; ++i) packed[i * columns + j] = column[i * row_stride];
+        }
+        matrix.entries = packed;
+        matrix.row_stride = columns;
+    }
+
+    const Assignment a = Assignment::within(memory, rows, columns);
+    const Outcome outcome = solve(matrix, a);
+    batch.outcome[p] = static_cast<int32_t>(outcome);
+    if (outcome == Outcome::solved) {
+        std::copy_n(rows_are_targets ? a.column_of_row : a.row_of_column, targets, out);
+    }
+    scratch.release_if_large();
+}
+
+template <typename Cost>
+void solve_batch(const Batch& batch, const Cost* cost, int64_t problems, int threads) {
+    int64_t costs = 0;
+    for (int64_t p = 0; p < problems; ++p) costs += batch.num_targets[p] * batch.queries;
+    const int64_t useful = std::max<int64_t>(1, costs / costs_worth_a_thread);
+    parallel_for(problems, static_cast<int>(std::min<int64_t>(threads, useful)),
+                 [&](int64_t p) { solve_problem(batch, cost, p); });
+}
+
+}  // namespace
+}  // namespace detr_fast
+
+void detr_fast_assignment_cpu(const void* cost, bool is_double, const int64_t sizes[3], const int64_t strides[3],
+                              const int64_t* num_targets, int64_t* query_of_target, int32_t* outcome, int threads) {
+    const detr_fast::Batch batch{sizes[1],    sizes[2],        {strides[0], strides[1], strides[2]},
+                                 num_targets, query_of_target, outcome};
+    if (is_double) {
+        detr_fast::solve_batch(batch, static_cast<const double*>(cost), sizes[0], threads);
+    } else {
+        detr_fast::solve_batch(batch, static_cast<const float*>(cost), sizes[0], threads);
+    }
+}

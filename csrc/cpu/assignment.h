@@ -1,0 +1,19 @@
+// The batched assignment on the CPU. See detr_fast/ops/assignment/api.py for what it computes.
+
+#pragma once
+
+#include <cstdint>
+
+#if defined(__cplusplus)
+extern "C" {
+#endif
+
+// cost is [P, Q, T] with strides in elements, float64 where is_double, else float32; num_targets has P counts.
+// Writes query_of_target [P, T] (contiguous; -1 where there is none) and outcome [P] (core/lsap.h, Outcome).
+// Throws std::bad_alloc.
+void detr_fast_assignment_cpu(const void* cost, bool is_double, const int64_t sizes[3], const int64_t strides[3],
+                              const int64_t* num_targets, int64_t* query_of_target, int32_t* outcome, int threads);
+
+#if defined(__cplusplus)
+}
+#endif

@@ -1,0 +1,30 @@
+"""The fast primitives of set prediction. They know nothing of models.
+
+Letters in shapes, here and in the C++:
+    B images, Q queries, C classes (logits have C + 1, no-object last), L decoder layers, D hidden size, H heads,
+    S memory tokens, N targets of the whole batch, T targets of one image, P problems (an image of a layer).
+
+Bare ``boxes`` are cxcywh in [0, 1]; ``boxes_xyxy`` are corners in any unit. In masks True means padding.
+"""
+
+from detr_fast.ops.assignment import assignment
+from detr_fast.ops.boxes import (
+    box_area,
+    cxcywh_to_xyxy,
+    elementwise_giou,
+    elementwise_iou,
+    pairwise_giou,
+    pairwise_iou,
+    xyxy_to_cxcywh,
+)
+
+__all__ = [
+    "assignment",
+    "box_area",
+    "cxcywh_to_xyxy",
+    "elementwise_giou",
+    "elementwise_iou",
+    "pairwise_giou",
+    "pairwise_iou",
+    "xyxy_to_cxcywh",
+]
