@@ -150,12 +150,11 @@ def load_backbone_weights(model: Detr, name: str, weights: str | os.PathLike[str
 def _download(name: str) -> dict[str, Tensor]:
     if name not in IMAGENET_URLS:
         raise CheckpointError(f"there are no ImageNet weights for the backbone {name!r}")
+    url = IMAGENET_URLS[name]
     try:
-        return torch.hub.load_state_dict_from_url(IMAGENET_URLS[name], map_location="cpu", check_hash=True)
-    except (urllib.error.URLError, OSError, RuntimeError) as error:
-        raise CheckpointError(
-            f"cannot download ImageNet weights for {name} from {IMAGENET_URLS[name]}: {error}"
-        ) from None
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True)
+    except (OSError, RuntimeError) as error:  # no network, no space, another hash
+        raise CheckpointError(f"cannot download ImageNet weights for {name} from {url}: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ class ImageBatch:
             return ImageBatch(samples, samples.new_zeros((batch, height, width), dtype=torch.bool))
         if hasattr(samples, "tensors") and hasattr(samples, "mask"):
             return ImageBatch(samples.tensors, samples.mask)
-        if isinstance(samples, Sequence):
+        if isinstance(samples, Sequence) and not isinstance(samples, str):
             return pad_images(samples)
         raise TypeError(
             f"samples must be a list of images, a tensor, an ImageBatch or a NestedTensor, got {type(samples).__name__}"
