@@ -1,0 +1,1 @@
+"""Benchmarks of detr_fast: ``pytest benchmarks/ --benchmark``."""

@@ -1,0 +1,105 @@
+"""Matching queries to targets for all decoder layers of a batch: HungarianMatcher against the original way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import original
+from benchmarks.harness import Contest, Contestant
+from benchmarks.shapes import MATCHING_SHAPES, Shape
+from detr_fast import HungarianMatcher
+
+Race = Callable[[str, str, Callable[[], Contest]], None]
+
+
+@pytest.mark.parametrize("contestant", ["original", "detr_fast"])
+@pytest.mark.parametrize("shape", MATCHING_SHAPES, ids=lambda shape: shape.name)
+def test_matching(race: Race, shape: Shape, contestant: str) -> None:
+    race(f"matching {shape.name}", contestant, lambda: contest(shape))
+
+
+def contest(shape: Shape) -> Contest:
+    """The original way and ours on the same predictions, all layers of them."""
+    layers, targets = inputs(shape)
+    matcher = HungarianMatcher(cost_class=1, cost_bbox=5, cost_giou=2)
+    expected = total_costs(original.match_layers(layers, targets), layers, targets)
+    return Contest(
+        [
+            Contestant("original", lambda: original.match_layers(layers, targets)),
+            Contestant("detr_fast", lambda: [matcher(outputs, targets) for outputs in layers]),
+        ],
+        lambda matches: check_matches(matches, layers, targets, expected),
+    )
+
+
+def inputs(shape: Shape) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """Predictions of every layer and targets, with boxes of the sizes that COCO's have: mostly small."""
+    generator = torch.Generator().manual_seed(0)
+
+    def boxes(*lead: int) -> Tensor:
+        size = 0.02 + 0.5 * torch.rand(*lead, 2, generator=generator) ** 2
+        centre = size / 2 + (1 - size) * torch.rand(*lead, 2, generator=generator)
+        return torch.cat([centre, size], -1)
+
+    def logits() -> Tensor:
+        return torch.randn(shape.batch, shape.num_queries, shape.num_classes + 1, generator=generator)
+
+    layers = [
+        {"pred_logits": logits(), "pred_boxes": boxes(shape.batch, shape.num_queries)} for _ in range(shape.num_layers)
+    ]
+    targets = [
+        {"labels": torch.randint(shape.num_classes, (count,), generator=generator), "boxes": boxes(count)}
+        for count in shape.targets
+    ]
+    return layers, targets
+
+
+def check_matches(
+    matches: list[original.Matches],
+    layers: list[dict[str, Tensor]],
+    targets: list[dict[str, Tensor]],
+    expected: Tensor,
+) -> None:
+    """Raise unless every image's matches are one to one, complete, and cost as little as ``expected`` says.
+
+    The cost is compared, not the indices: two matchings whose costs differ by rounding are both right.
+    """
+    num_queries = layers[0]["pred_logits"].shape[1]
+    assert len(matches) == len(layers), f"matches of {len(matches)} layers, expected {len(layers)}"
+    for layer, images in enumerate(matches):
+        for image, ((queries, chosen), target) in enumerate(zip(images, targets, strict=True)):
+            complete = min(num_queries, len(target["boxes"]))
+            counts = (len(set(queries.tolist())), len(set(chosen.tolist())), len(queries), len(chosen))
+            assert counts == (complete,) * 4, f"layer {layer}, image {image}: {counts=}, expected {complete} each"
+    torch.testing.assert_close(
+        total_costs(matches, layers, targets), expected, rtol=1e-6, atol=1e-6, msg=lambda text: f"total cost: {text}"
+    )
+
+
+def total_costs(
+    matches: list[original.Matches], layers: list[dict[str, Tensor]], targets: list[dict[str, Tensor]]
+) -> Tensor:
+    """[L, B] float64: the cost of the matched pairs of each layer and image."""
+    return torch.stack(
+        [
+            torch.stack(
+                [
+                    cost_of_image(outputs, target, image)[queries, chosen].sum()
+                    for image, ((queries, chosen), target) in enumerate(zip(images, targets, strict=True))
+                ]
+            )
+            for images, outputs in zip(matches, layers, strict=True)
+        ]
+    )
+
+
+def cost_of_image(outputs: dict[str, Tensor], target: dict[str, Tensor], image: int) -> Tensor:
+    """[Q, T] float64: the matching cost of every query and target of one image."""
+    probabilities = outputs["pred_logits"][image].double().softmax(-1)
+    boxes, target_boxes = outputs["pred_boxes"][image].double(), target["boxes"].double()
+    giou = original.giou_of_all_pairs(original.corners(boxes), original.corners(target_boxes))
+    return 5 * torch.cdist(boxes, target_boxes, p=1) - probabilities[:, target["labels"]] - 2 * giou

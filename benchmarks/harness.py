@@ -1,0 +1,189 @@
+"""Compare contestants that compute the same thing: first whether they are right, then how long each takes.
+
+``compare`` refuses to time anything when one contestant is wrong. The contestants then take turns in one process, so
+that a machine that slows down or speeds up does so for all of them, and the ratio to the first contestant is formed
+turn by turn before its median is taken.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import random
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+Check = Callable[[Any], None]
+
+# The first rounds fill caches and choose algorithms; they are measured only to choose the number of rounds.
+WARMUP_ROUNDS = 3
+MOST_ROUNDS = 200
+
+
+class WrongResult(AssertionError):
+    """A contestant computed something else than it should, so no speed is given."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way to compute the result: a name and a call without arguments."""
+
+    name: str
+    run: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one contestant needed.
+
+    Attributes:
+        name: the contestant's.
+        seconds: the duration of each round, in the order of the rounds.
+        ratio: how many times faster than the first contestant, the median over rounds.
+        ratio_spread: the quartiles of that ratio.
+        peak_bytes: most memory of torch's allocator held at once during one call, over what was held before it.
+    """
+
+    name: str
+    seconds: tuple[float, ...]
+    ratio: float
+    ratio_spread: tuple[float, float]
+    peak_bytes: int
+
+    @property
+    def median(self) -> float:
+        """Median duration in seconds."""
+        return median(self.seconds)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """First and third quartile of the duration in seconds."""
+        return quartiles(self.seconds)
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Contestants for one size, the first of them the original way.
+
+    Attributes:
+        contestants: ratios refer to the first.
+        check: takes a contestant's result and raises where it is wrong.
+        device: where the work happens; on CUDA every call is timed until the device has finished.
+    """
+
+    contestants: Sequence[Contestant]
+    check: Check
+    device: str = "cpu"
+
+
+def compare(contest: Contest, *, seconds_each: float = 1.0, min_rounds: int = 5) -> list[Timing]:
+    """Check every contestant, then time them in turns.
+
+    Args:
+        contest: who takes part.
+        seconds_each: about how long each contestant runs altogether, at most MOST_ROUNDS times.
+        min_rounds: how often each runs at least; the order is drawn anew each round.
+
+    Raises:
+        WrongResult: a contestant's result did not pass the check; nothing was timed.
+    """
+    for contestant in contest.contestants:
+        refuse_unless_right(contestant, contest.check)
+    warmup = take_turns(contest, WARMUP_ROUNDS)
+    turn = max(median(seconds) for seconds in warmup.values())
+    rounds = max(min_rounds, min(MOST_ROUNDS, math.ceil(seconds_each / turn)))
+    seconds = take_turns(contest, rounds)
+    peaks = {c.name: peak_memory(c.run, contest.device) for c in contest.contestants}
+    baseline = seconds[contest.contestants[0].name]
+    return [summarise(c.name, seconds[c.name], baseline, peaks[c.name]) for c in contest.contestants]
+
+
+def refuse_unless_right(contestant: Contestant, check: Check) -> None:
+    """Raise WrongResult, with the contestant's name, unless its result passes ``check``."""
+    try:
+        check(contestant.run())
+    except Exception as error:
+        raise WrongResult(f"{contestant.name} is wrong, so no speed is given: {error}") from error
+
+
+def take_turns(contest: Contest, rounds: int) -> dict[str, list[float]]:
+    """Time every contestant once a round, in an order drawn anew each round, without the garbage collector."""
+    wait = torch.cuda.synchronize if torch.device(contest.device).type == "cuda" else nothing
+    contestants = list(contest.contestants)
+    order = random.Random(0)
+    seconds: dict[str, list[float]] = {c.name: [] for c in contestants}
+    gc_was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for contestant in order.sample(contestants, len(contestants)):
+                wait()
+                start = time.perf_counter()
+                contestant.run()
+                wait()
+                seconds[contestant.name].append(time.perf_counter() - start)
+    finally:
+        if gc_was_enabled:
+            gc.enable()
+    return seconds
+
+
+def nothing() -> None:
+    """The CPU has finished when the call returns."""
+
+
+def summarise(name: str, seconds: Sequence[float], baseline: Sequence[float], peak_bytes: int) -> Timing:
+    """Timing of one contestant, with its ratio to ``baseline`` formed round by round."""
+    ratios = [theirs / ours for theirs, ours in zip(baseline, seconds, strict=True)]
+    return Timing(name, tuple(seconds), median(ratios), quartiles(ratios), peak_bytes)
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """First and third quartile; of a single value, twice that value."""
+    if len(values) < 2:
+        return values[0], values[0]
+    first, _, third = quantiles(values, n=4, method="inclusive")
+    return first, third
+
+
+def peak_memory(run: Callable[[], Any], device: torch.device | str = "cpu") -> int:
+    """Most bytes of torch's allocator held at once during ``run()``, over what was held before.
+
+    Memory that NumPy, SciPy or native code takes for itself is not in it.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    held = peak = 0
+    for change in allocations(profile):
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+def allocations(profile: torch.profiler.profile) -> list[int]:
+    """Bytes taken (positive) and given back (negative) on the CPU, in the order of time.
+
+    Read from the exported trace, which is the only public place where single allocations stand.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    memory = [e for e in events if e.get("name") == "[memory]" and e["args"].get("Device Type") == 0]
+    return [e["args"]["Bytes"] for e in sorted(memory, key=lambda e: e["ts"])]

@@ -1,0 +1,143 @@
+"""The benchmark harness: it refuses wrong contestants, and its numbers are what they say."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import harness, original
+from benchmarks.harness import Contest, Contestant, WrongResult, compare
+from benchmarks.shapes import MATCHING_SHAPES, Shape
+
+REPOSITORY = Path(__file__).parent.parent
+SMALL = Shape("small", (3, 0, 5), num_queries=7, num_classes=4, num_layers=2)
+
+
+def exactly_four(result: int) -> None:
+    assert result == 4, f"expected 4, got {result}"
+
+
+def test_a_wrong_contestant_is_named_and_nothing_is_timed():
+    calls = []
+
+    def right():
+        calls.append("right")
+        return 4
+
+    contest = Contest([Contestant("right", right), Contestant("wrong", lambda: 5)], exactly_four)
+    with pytest.raises(WrongResult, match="wrong is wrong, so no speed is given: expected 4, got 5"):
+        compare(contest)
+    assert calls == ["right"]
+
+
+def test_a_contestant_that_fails_is_refused_with_its_reason():
+    def broken():
+        raise RuntimeError("no such kernel")
+
+    with pytest.raises(WrongResult, match="broken is wrong.*no such kernel"):
+        compare(Contest([Contestant("broken", broken)], exactly_four))
+
+
+def test_ratio_is_to_the_first_contestant_and_rounds_are_bounded():
+    def sleeper(seconds):
+        return lambda: time.sleep(seconds) or 4
+
+    slow, fast = compare(
+        Contest([Contestant("slow", sleeper(0.02)), Contestant("fast", sleeper(0.002))], exactly_four),
+        seconds_each=0.1,
+        min_rounds=3,
+    )
+    assert (slow.name, fast.name) == ("slow", "fast")
+    assert slow.ratio == 1.0
+    assert fast.ratio > 2
+    assert fast.ratio_spread[0] <= fast.ratio <= fast.ratio_spread[1]
+    assert slow.spread[0] <= slow.median <= slow.spread[1]
+    assert 3 <= len(slow.seconds) == len(fast.seconds) <= 6
+
+
+def test_contestants_take_turns(monkeypatch):
+    calls = []
+    contestants = [Contestant(name, lambda name=name: calls.append(name)) for name in "abc"]
+    harness.take_turns(Contest(contestants, exactly_four), rounds=8)
+    rounds = [calls[i : i + 3] for i in range(0, 24, 3)]
+    assert all(sorted(turn) == ["a", "b", "c"] for turn in rounds)
+    assert len({tuple(turn) for turn in rounds}) > 1, "the order never changed"
+
+
+def test_peak_memory_counts_what_is_held_at_once():
+    x = torch.rand(2**18)
+
+    assert harness.peak_memory(lambda: x + 1) == pytest.approx(2**20, rel=0.01)
+    assert harness.peak_memory(lambda: torch.stack([x + 1, x + 2])) == pytest.approx(4 * 2**20, rel=0.01)
+
+
+def test_shapes_name_themselves_once_and_know_their_tokens():
+    assert len({shape.name for shape in MATCHING_SHAPES}) == len(MATCHING_SHAPES)
+    assert MATCHING_SHAPES[0].num_tokens == 25 * 42
+    assert any(0 in shape.targets for shape in MATCHING_SHAPES), "no image without targets"
+
+
+def test_original_matching_agrees_with_ours_and_a_wrong_one_is_refused():
+    from benchmarks import bench_matching
+
+    contest = bench_matching.contest(SMALL)
+    compare(contest, seconds_each=0.0, min_rounds=1)
+
+    def swapped():
+        matches = contest.contestants[1].run()
+        queries, chosen = matches[1][2]
+        matches[1][2] = (queries, chosen.flip(0))
+        return matches
+
+    def incomplete():
+        return [[(queries[1:], chosen[1:]) for queries, chosen in images] for images in contest.contestants[1].run()]
+
+    for cheat, message in ((swapped, "total cost"), (incomplete, "layer 0, image 0: counts="), (list, "matches of 0 layers")):
+        with pytest.raises(WrongResult, match=f"cheat is wrong, so no speed is given: {message}"):
+            compare(Contest([*contest.contestants, Contestant("cheat", cheat)], contest.check))
+
+
+def test_original_giou_is_that_of_the_package():
+    from detr_fast.ops import boxes
+
+    generator = torch.Generator().manual_seed(torch.initial_seed() % 2**31)
+    corner, size = torch.rand(2, 9, 2, generator=generator, dtype=torch.float64)
+    boxes_xyxy = torch.cat([corner, corner + size], -1)
+    expected = boxes.pairwise_giou(boxes_xyxy[:4], boxes_xyxy[4:])
+    torch.testing.assert_close(original.giou_of_all_pairs(boxes_xyxy[:4], boxes_xyxy[4:]), expected)
+
+
+def run_pytest(*arguments: str, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def test_benchmarks_are_skipped_with_a_reason_unless_asked_for():
+    run = run_pytest("benchmarks/", "-rs")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "a benchmark: runs with --benchmark" in run.stdout
+    assert "passed" not in run.stdout.splitlines()[-1]
+
+
+def test_the_benchmark_option_runs_them_and_writes_both_files(tmp_path):
+    results, theirs = tmp_path / "folder" / "results.json", tmp_path / "theirs.json"
+    run = run_pytest(
+        *("benchmarks/", "--benchmark", "-k", "matching and coco-2", "--benchmark-max-time=0.01"),
+        *(f"--benchmark-results={results}", f"--benchmark-json={theirs}"),
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "commit: " in run.stdout
+    written = json.loads(results.read_text())
+    ours = {entry["contestant"]: entry for entry in written["contests"]["matching coco-2"]}
+    assert {"original", "detr_fast"} <= set(ours)
+    assert {"cpu", "versions", "commit", "command"} <= set(written)
+    for entry in json.loads(theirs.read_text())["benchmarks"]:
+        same = ours[entry["params"]["contestant"]]
+        assert entry["stats"]["median"] == pytest.approx(same["median_seconds"], rel=1e-6)
+        assert entry["extra_info"]["ratio"] == same["ratio_to_first"]
