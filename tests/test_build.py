@@ -32,8 +32,12 @@ def test_model_criterion_and_postprocessors() -> None:
     model, criterion, postprocessors = build_model(Namespace(**SMALL, bbox_loss_coef=3, device="cpu"))
     assert model.num_queries == 9 and model.class_embed.out_features == 5
     assert criterion.weight_dict == {
-        **{"loss_ce": 1.0, "loss_bbox": 3, "loss_giou": 2},
-        **{"loss_ce_0": 1.0, "loss_bbox_0": 3, "loss_giou_0": 2},
+        "loss_ce": 1.0,
+        "loss_bbox": 3,
+        "loss_giou": 2,
+        "loss_ce_0": 1.0,
+        "loss_bbox_0": 3,
+        "loss_giou_0": 2,
     }
     assert (criterion.matcher.cost_class, criterion.matcher.cost_bbox, criterion.matcher.cost_giou) == (1, 5, 2)
     assert set(postprocessors) == {"bbox"}
