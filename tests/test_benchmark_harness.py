@@ -98,7 +98,11 @@ def test_original_matching_agrees_with_ours_and_a_wrong_one_is_refused():
     def incomplete():
         return [[(queries[1:], chosen[1:]) for queries, chosen in images] for images in contest.contestants[1].run()]
 
-    for cheat, message in ((swapped, "total cost"), (incomplete, "layer 0, image 0: counts="), (list, "matches of 0 layers")):
+    for cheat, message in (
+        (swapped, "total cost"),
+        (incomplete, "layer 0, image 0: counts="),
+        (list, "matches of 0 layers"),
+    ):
         with pytest.raises(WrongResult, match=f"cheat is wrong, so no speed is given: {message}"):
             compare(Contest([*contest.contestants, Contestant("cheat", cheat)], contest.check))
 
