@@ -17,6 +17,10 @@ def _option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+def _required(help: str) -> Any:
+    return field(metadata={"help": help})
+
+
 def _check(condition: bool, name: str, expected: str, value: Any) -> None:
     if not condition:
         raise ValueError(f"{name} must be {expected}, got {value!r}")
@@ -87,11 +91,11 @@ class OptimConfig:
 class TrainConfig:
     """One training run on data in COCO format."""
 
-    train_images: Path
-    train_annotations: Path
-    val_images: Path
-    val_annotations: Path
-    output_dir: Path
+    train_images: Path = _required("folder of training images")
+    train_annotations: Path = _required("their COCO annotation file")
+    val_images: Path = _required("folder of validation images")
+    val_annotations: Path = _required("their COCO annotation file")
+    output_dir: Path = _required("folder for checkpoints and log")
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -30,11 +30,17 @@ Losses = dict[str, Tensor]
 
 
 class Interrupted(Exception):
-    """Training was asked to stop by a signal; the state is that after the last update."""
+    """A signal asked training to stop.
 
-    def __init__(self, signum: int) -> None:
+    Attributes:
+        signum: its number.
+        at_once: it struck between epochs, in work that was left half done; else the last update is complete.
+    """
+
+    def __init__(self, signum: int, *, at_once: bool = False) -> None:
         super().__init__(f"stopped by signal {signum}")
         self.signum = signum
+        self.at_once = at_once
 
 
 @dataclass(frozen=True)

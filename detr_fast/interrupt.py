@@ -40,7 +40,7 @@ class StopSignals:
     def at_once(self) -> Iterator[None]:
         """Inside, a signal raises ``Interrupted`` where it strikes: for work that may be left half done."""
         if self.signum:
-            raise Interrupted(self.signum)
+            raise Interrupted(self.signum, at_once=True)
         self.immediate = True
         try:
             yield
@@ -49,7 +49,7 @@ class StopSignals:
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self.immediate:
-            raise Interrupted(signum)
+            raise Interrupted(signum, at_once=True)
         if self.signum:
             raise KeyboardInterrupt
         self.signum = signum

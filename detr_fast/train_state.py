@@ -48,7 +48,7 @@ class TrainState:
         return self.model if self.ema is None else self.ema.model
 
     def checkpoint(self) -> dict[str, Any]:
-        """Checkpoint entries, laid out as ``detr_fast.checkpoint`` says. Every process must call it at the same update."""
+        """Entries as in ``detr_fast.checkpoint``. Every process must call it, after the same update."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
