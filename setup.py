@@ -66,8 +66,8 @@ def run(command: list[str]) -> None:
     if code:
         raise SystemExit(
             f"detr_fast: the native module did not build (the step above exited with {code}; its output has the "
-            "compiler's message).\nDETR_FAST_CUDA=off builds without the CUDA kernels, DETR_FAST_NATIVE=off without any "
-            "native code."
+            "compiler's message).\nDETR_FAST_CUDA=off builds without the CUDA kernels, DETR_FAST_NATIVE=off without "
+            "any native code."
         )
 
 

@@ -252,11 +252,12 @@ DETR_FAST_HD void follow_path(const Assignment& a, int32_t columns, int32_t star
 
 }  // namespace lsap
 
+// All lanes see what it wrote when it returns `solved`.
 template <typename Team, typename Cost>
 DETR_FAST_HD Outcome solve_assignment(Team team, const CostMatrix<Cost>& cost, const Assignment& a) {
     lsap::clear(team, a, cost.rows, cost.columns);
     const bool valid = lsap::find_nearest_columns(team, cost, a);
-    team.sync();
+    team.sync();  // for the writes above; a reduction does not order memory
     if (!valid) return Outcome::invalid;
     for (int32_t i = 0; i < cost.rows; ++i) {
         if (lsap::take_nearest_column(team, cost, a, i)) continue;

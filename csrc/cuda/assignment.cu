@@ -90,8 +90,6 @@ __global__ void __launch_bounds__(Warp::size) assignment_kernel(const Batch<Cost
 
     const Assignment a = Assignment::within(state, rows, columns);
     const Outcome outcome = solve_assignment(team, cost, a);
-    team.sync();
-
     const int32_t* match = rows_are_targets ? a.column_of_row : a.row_of_column;
     int64_t* out = batch.query_of_target + p * batch.targets;
     for (int64_t t = team.lane(); t < batch.targets; t += Warp::size) {

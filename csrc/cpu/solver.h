@@ -1,0 +1,49 @@
+// What the CPU's ops share: compilation for several vector widths, scratch memory, and the solver itself.
+
+#pragma once
+
+#include <cstddef>
+#include <memory>
+
+#include "../core/lsap.h"
+
+// A function is compiled for each of these vector widths, and the loader picks one. A sanitizer's runtime is not up yet
+// when the loader does so.
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__SANITIZE_ADDRESS__) && \
+    !defined(__SANITIZE_THREAD__) && !defined(DETR_FAST_ONE_TARGET)
+#define DETR_FAST_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), flatten))
+#else
+#define DETR_FAST_CLONES
+#endif
+
+namespace detr_fast {
+
+// Memory that a thread keeps from problem to problem, unless it is much.
+class Scratch {
+  public:
+    unsigned char* reserve(size_t bytes) {
+        if (bytes > capacity_) {
+            memory_.reset();
+            capacity_ = 0;
+            memory_.reset(new unsigned char[bytes]);  // make_unique would fill it with zeros
+            capacity_ = bytes;
+        }
+        return memory_.get();
+    }
+
+    void release_if_large() {
+        if (capacity_ <= largest_kept) return;
+        memory_.reset();
+        capacity_ = 0;
+    }
+
+  private:
+    static constexpr size_t largest_kept = size_t{4} << 20;
+    std::unique_ptr<unsigned char[]> memory_;
+    size_t capacity_ = 0;
+};
+
+Outcome solve(const CostMatrix<float>& cost, const Assignment& a);
+Outcome solve(const CostMatrix<double>& cost, const Assignment& a);
+
+}  // namespace detr_fast
