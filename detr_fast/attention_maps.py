@@ -209,10 +209,11 @@ def _show(axes: Axes, maps: AttentionMaps, picture: Any, **how: Any) -> None:
 
 
 def _draw_map(axes: Axes, maps: AttentionMaps, shown: Image.Image, attention: Tensor) -> None:
-    """Lay the attention over the darkened image, so that both stay visible."""
+    """Lay the attention over the image in grey; the stronger it is, the less of the image shows through."""
     _show(axes, maps, shown.convert("L"), cmap="gray", vmin=0, vmax=255)
     heat = attention.float() / attention.max().clamp(min=torch.finfo(torch.float32).tiny)
-    _show(axes, maps, heat.numpy(), cmap="inferno", vmin=0, vmax=1, alpha=0.65, interpolation="bilinear")
+    how = {"cmap": "inferno", "vmin": 0, "vmax": 1, "interpolation": "bilinear"}
+    _show(axes, maps, heat.numpy(), alpha=(0.4 + 0.5 * heat).numpy(), **how)
     axes.set_xlim(0, maps.image.width)
     axes.set_ylim(maps.image.height, 0)
 

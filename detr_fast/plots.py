@@ -6,12 +6,13 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 LOG_NAME = "log.jsonl"
 PLOT_NAME = "curves.png"
@@ -29,8 +30,8 @@ Epoch = dict[str, Any]
 def plot_log(output_dir: str | Path, path: str | Path | None = None) -> Path:
     """Draw the losses, AP and learning rates of a run over its epochs.
 
-    A line of the log that cannot be read (a killed run leaves half a line) is skipped, a key that is missing or not a
-    number leaves a gap, and of an epoch that was run again after a resume the last line counts.
+    A line of the log that cannot be read (a killed run leaves half a line) is skipped, a value that is missing or no
+    number is left out of its curve, and of an epoch that was run again after a resume the last line counts.
 
     Args:
         output_dir: the folder of the run; its ``log.jsonl`` is read.
@@ -43,23 +44,29 @@ def plot_log(output_dir: str | Path, path: str | Path | None = None) -> Path:
         FileNotFoundError: there is no ``log.jsonl``.
         ValueError: it has no line of a finished epoch.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    epochs = read_log(Path(output_dir) / LOG_NAME)
+    figure = draw_log(read_log(Path(output_dir) / LOG_NAME), title=Path(output_dir).resolve().name)
     target = Path(output_dir) / PLOT_NAME if path is None else Path(path)
-    figure = Figure(figsize=(12, 8), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels: Sequence[Callable[[Axes, list[Epoch]], None]] = (_plot_loss, _plot_terms, _plot_ap, _plot_lr)
-    for axes, panel in zip(figure.subplots(2, 2).flat, panels, strict=True):
-        panel(axes, epochs)
-        _style(axes)
-    figure.suptitle(Path(output_dir).resolve().name)
     # Whoever watches the picture while a run writes it never sees half of it.
-    partial = target.with_name(target.name + ".partial")
+    partial = target.with_name(f".{target.name}.tmp")
     figure.savefig(partial, format="png")
     os.replace(partial, target)
     return target
+
+
+def draw_log(epochs: list[Epoch], title: str = "") -> Figure:
+    """Draw the curves of ``plot_log`` from the lines of a log."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 8), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = (_plot_loss, _plot_terms, _plot_ap, _plot_lr)
+    legend_places = ("upper right", "upper right", "lower right", "lower left")
+    for axes, panel, legend_place in zip(figure.subplots(2, 2).flat, panels, legend_places, strict=True):
+        panel(axes, epochs)
+        _style(axes, epochs, legend_place)
+    figure.suptitle(title)
+    return figure
 
 
 def read_log(path: str | Path) -> list[Epoch]:
@@ -68,7 +75,7 @@ def read_log(path: str | Path) -> list[Epoch]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: output_dir must be the output folder of a training run")
     epochs = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         record = _parse(line)
         if record is not None:
             epochs[record["epoch"]] = record
@@ -113,7 +120,7 @@ def _plot_loss(axes: Axes, epochs: list[Epoch]) -> None:
 
 def _plot_terms(axes: Axes, epochs: list[Epoch]) -> None:
     found = {match[1] for epoch in epochs for match in map(TERM.fullmatch, epoch) if match}
-    for term in sorted(found, key=lambda term: (term not in TERM_COLORS, term)):
+    for term in sorted(found, key=lambda term: [*TERM_COLORS, term].index(term)):
         color = TERM_COLORS.get(term, "gray")
         _plot_curve(axes, epochs, _curve(epochs, f"train_loss_{term}"), color=color, label=term)
         _plot_curve(axes, epochs, _curve(epochs, f"val_loss_{term}"), color=color, linestyle="--")
@@ -125,7 +132,8 @@ def _plot_terms(axes: Axes, epochs: list[Epoch]) -> None:
 
 def _plot_ap(axes: Axes, epochs: list[Epoch]) -> None:
     for name, color in AP_COLORS.items():
-        values = [100 * value for value in _curve(epochs, name, inside="coco_bbox")]
+        # COCO's -1 says that there was nothing to measure.
+        values = [100 * ap if ap >= 0 else math.nan for ap in _curve(epochs, name, inside="coco_bbox")]
         _plot_curve(axes, epochs, values, color=color, label=_with_best(name, values))
     axes.set_ylim(bottom=0)
     axes.set_title("box AP on validation images, in percent")
@@ -149,16 +157,27 @@ def _log_scale(axes: Axes) -> None:
     lowest = axes.dataLim.y0
     if axes.lines and lowest > 0:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(_label_of_minor_tick)
 
 
-def _style(axes: Axes) -> None:
+def _label_of_minor_tick(value: float, position: float) -> str:
+    """Label 2 and 5 of each power of ten; labels at all nine would run into each other."""
+    return f"{value:g}" if f"{value:e}"[0] in "25" else ""
+
+
+def _style(axes: Axes, epochs: list[Epoch], legend_place: Any) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axes.set_xlabel("epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    first, last = epochs[0]["epoch"], epochs[-1]["epoch"]
+    margin = max(0.02 * (last - first), 0.5)
+    axes.set_xlim(first - margin, last + margin)
     if axes.lines:
-        axes.legend(frameon=False)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, loc=legend_place)
     else:
+        axes.set_yticks([])
         axes.text(0.5, 0.5, "not in the log", transform=axes.transAxes, ha="center", color="gray")
