@@ -113,6 +113,7 @@ def test_sideways_photo_takes_the_annotated_orientation(folder: Path) -> None:
     assert CocoDetection(folder, contents)[1][0].size == (10, 20)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools' own use of numpy
 def test_polygons_and_run_lengths_equal_pycocotools() -> None:
     height, width = 37, 53
     polygons = [(np.random.rand(2 * n) * 50).tolist() for n in (3, 7)]

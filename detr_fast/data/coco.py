@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from detr_fast.data.annotations import AnnotationError, entry_name, name_of, read_annotations
+from detr_fast.data.batch import Target
 from detr_fast.data.images import load_image
 
-Target = dict[str, Tensor]
 Transform = Callable[[Image.Image, Target], tuple[Any, Target]]
 
 

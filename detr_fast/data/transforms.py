@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from detr_fast.data.batch import Target
 from detr_fast.ops.boxes import xyxy_to_cxcywh
 
-Target = dict[str, Tensor]
 Transform = Callable[[Any, Target], tuple[Any, Target]]
 
 # Means and standard deviations of ImageNet's channels, with which the backbones were trained.

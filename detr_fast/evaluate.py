@@ -1,0 +1,177 @@
+"""COCO average precision of a model or of a checkpoint, on one process or many."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Sized
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler
+
+from detr_fast.build import model_from_checkpoint
+from detr_fast.coco_evaluator import STAT_NAMES, CocoEvaluator, CocoResult
+from detr_fast.data.batch import Target, collate
+from detr_fast.data.coco import CocoDetection, seed_worker
+from detr_fast.data.transforms import eval_transforms
+from detr_fast.distributed import all_gather_objects, is_distributed, is_main
+from detr_fast.postprocess import PostProcess
+
+__all__ = ["STAT_NAMES", "CocoEvaluator", "CocoResult", "evaluate", "evaluate_checkpoint"]
+
+
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[tuple[Any, list[Target]]],
+    *,
+    postprocess: nn.Module,
+    evaluator: CocoEvaluator,
+    device: torch.device | str,
+    criterion: nn.Module | None = None,
+    amp: bool = False,
+) -> tuple[CocoResult, dict[str, float]]:
+    """Run a model over a data set and measure its COCO numbers.
+
+    On several processes each one runs its share of the images, and all return the same result; images that a sampler
+    repeats to fill its last round count once.
+
+    Args:
+        model: samples to the output dictionary; left in the mode it was in.
+        loader: batches of (images, targets) with "image_id" and "orig_size".
+        postprocess: (outputs, [B, 2] original sizes) to detections in pixels.
+        evaluator: collects the detections; may hold some already.
+        device: where to run.
+        criterion: (outputs, targets) to losses; None measures none.
+        amp: run the model in bfloat16 autocast.
+
+    Returns:
+        The result of the evaluator's first IoU type, and the losses averaged over all images: those of the criterion
+        and, where it has weights, their weighted sum "loss". Empty without a criterion.
+
+    Raises:
+        ValueError: with a criterion, the processes have different numbers of batches (it averages over processes in
+            every batch, and would wait for ever).
+    """
+    if criterion is not None:
+        _check_same_length(loader)
+    # DistributedDataParallel's forward exchanges buffers, so processes with fewer batches would hang the others.
+    module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    device, losses = torch.device(device), _MeanLosses(criterion)
+    was_training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            for samples, targets in loader:
+                with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                    outputs = module(samples.to(device, non_blocking=True))
+                outputs = _to_float32(outputs)
+                losses.add(outputs, targets, device)
+                sizes = torch.stack([target["orig_size"] for target in targets])
+                results = postprocess(outputs, sizes.to(device))
+                evaluator.update({int(t["image_id"]): found for t, found in zip(targets, results, strict=True)})
+    finally:
+        module.train(was_training)
+    evaluator.synchronize()
+    return evaluator.summarize(), losses.mean()
+
+
+def evaluate_checkpoint(
+    checkpoint: str | os.PathLike[str],
+    images: str | os.PathLike[str],
+    annotations: str | os.PathLike[str],
+    *,
+    batch_size: int = 2,
+    num_workers: int = 2,
+    device: torch.device | str = "cpu",
+    size: int = 800,
+    max_size: int | None = 1333,
+    output: str | os.PathLike[str] | None = None,
+) -> CocoResult:
+    """Measure a checkpoint's COCO numbers on a folder of images.
+
+    Args:
+        checkpoint: ours or the original's.
+        images, annotations: folder and COCO annotation file.
+        batch_size, num_workers: images in a batch, and processes that load them.
+        device: where to run; in a process group, every process runs its share.
+        size, max_size: shortest side of the model's input, and the longest allowed, in pixels.
+        output: JSON file that the main process writes; its folder is made.
+
+    Warns:
+        UserWarning: the checkpoint's categories have other names than the annotations'.
+    """
+    model, meta = model_from_checkpoint(checkpoint)
+    dataset = CocoDetection(images, annotations, eval_transforms(size, max_size))
+    _warn_of_other_names(meta.categories, dataset.categories)
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=DistributedSampler(dataset, shuffle=False) if is_distributed() else None,
+        num_workers=num_workers,
+        collate_fn=collate,
+        worker_init_fn=seed_worker,
+        pin_memory=torch.device(device).type == "cuda",
+    )
+    evaluator = CocoEvaluator(annotations)
+    result, _ = evaluate(model.to(device), loader, postprocess=PostProcess(), evaluator=evaluator, device=device)
+    if output is not None and is_main():
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        Path(output).write_text(result.to_json() + "\n")
+    return result
+
+
+class _MeanLosses:
+    """Averages a criterion's losses over images and processes, and waits for the device only at the end."""
+
+    def __init__(self, criterion: nn.Module | None) -> None:
+        self.criterion = criterion
+        self.images = 0
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, outputs: dict[str, Any], targets: list[Target], device: torch.device) -> None:
+        if self.criterion is None:
+            return
+        on_device = [{key: value.to(device, non_blocking=True) for key, value in t.items()} for t in targets]
+        losses = dict(self.criterion(outputs, on_device))
+        weights = getattr(self.criterion, "weight_dict", {})
+        if weights:
+            losses["loss"] = torch.stack([losses[key] * weights[key] for key in losses if key in weights]).sum()
+        self.images += len(targets)
+        for key, value in losses.items():
+            self.sums[key] = self.sums.get(key, torch.zeros((), device=device)) + value * len(targets)
+
+    def mean(self) -> dict[str, float]:
+        shares = all_gather_objects((self.images, {key: float(value) for key, value in self.sums.items()}))
+        images = sum(count for count, _ in shares)
+        names = dict.fromkeys(name for _, sums in shares for name in sums)
+        return {name: sum(sums.get(name, 0.0) for _, sums in shares) / images for name in names}
+
+
+def _to_float32(outputs: Any) -> Any:
+    if isinstance(outputs, Tensor):
+        return outputs.float() if outputs.is_floating_point() else outputs
+    if isinstance(outputs, dict):
+        return {key: _to_float32(value) for key, value in outputs.items()}
+    return [_to_float32(value) for value in outputs] if isinstance(outputs, list) else outputs
+
+
+def _check_same_length(loader: Iterable[Any]) -> None:
+    lengths = all_gather_objects(len(loader) if isinstance(loader, Sized) else None)
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            f"with a criterion, loader must have the same number of batches on every process, got {lengths}: "
+            "a DistributedSampler sees to it"
+        )
+
+
+def _warn_of_other_names(trained: dict[int, str], annotated: dict[int, str]) -> None:
+    shared = trained.keys() & annotated.keys()
+    differing = [f"{key}: {trained[key]!r} and {annotated[key]!r}" for key in shared if trained[key] != annotated[key]]
+    missing = sorted(annotated.keys() - trained.keys()) if trained else []
+    if differing or missing:
+        parts = [f"ids with another name: {', '.join(differing[:5])}"] if differing else []
+        parts += [f"ids that the checkpoint lacks: {missing[:5]}"] if missing else []
+        warnings.warn(f"the checkpoint's categories are not the annotations' ({'; '.join(parts)})", stacklevel=3)
