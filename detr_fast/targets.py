@@ -31,7 +31,7 @@ def check_targets(targets: Sequence[Target], num_classes: int, batch_size: int |
         raise ValueError(f"targets must be one dict an image: got {len(targets)} for {batch_size} images")
     for index, target in enumerate(targets):
         _check_shapes(target, index)
-    if any(target["labels"].is_cuda or target["boxes"].is_cuda for target in targets):
+    if any(target[key].device.type != "cpu" for target in targets for key in ("labels", "boxes")):
         return
     for index, target in enumerate(targets):
         _check_labels(target["labels"], index, num_classes)

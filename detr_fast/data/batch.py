@@ -85,6 +85,8 @@ def pad_images(images: Sequence[Tensor]) -> ImageBatch:
     if not images:
         raise ValueError("samples must hold at least one image, got an empty list")
     for index, image in enumerate(images):
+        if not isinstance(image, Tensor):
+            raise TypeError(f"image {index} must be a tensor [3, height, width], got {type(image).__name__}")
         if image.ndim != 3 or image.shape[0] != images[0].shape[0] or 0 in image.shape:
             expected = f"[{images[0].shape[0] if images[0].ndim == 3 else 3}, height, width]"
             raise ValueError(f"image {index} must be {expected}, got {list(image.shape)}")
