@@ -1,0 +1,119 @@
+// csrc/core/lsap.h and csrc/cpu under sanitizers: random problems whose result is checked by its own dual prices, and
+// many threads at once. Exits with 0 where all is well.
+
+#include "lsap.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "assignment.h"
+#include "thread_pool.h"
+
+using detr_fast::Assignment;
+using detr_fast::CostMatrix;
+using detr_fast::Outcome;
+
+namespace {
+
+void require(bool holds, const std::string& what) {
+    if (holds) return;
+    std::fprintf(stderr, "failed: %s\n", what.c_str());
+    std::exit(1);
+}
+
+std::vector<double> random_costs(std::mt19937& random, int rows, int columns, bool ties) {
+    std::vector<double> costs(static_cast<size_t>(rows) * columns);
+    std::uniform_real_distribution<double> any(-1.0, 1.0);
+    for (double& cost : costs) cost = ties ? static_cast<double>(random() % 3) : any(random);
+    return costs;
+}
+
+// Feasible prices with no slack on matched pairs prove the matching optimal.
+void check_certificate(const CostMatrix<double>& cost, const Assignment& a) {
+    constexpr double rounding = 1e-12;
+    for (int j = 0; j < cost.columns; ++j) {
+        require(a.column_price[j] <= rounding, "column prices are at most 0");
+        require(a.row_of_column[j] >= 0 || a.column_price[j] == 0.0, "a free column costs nothing");
+        require(a.scan_order[a.scan_position[j]] == j, "the scan order is whole");
+        require(a.scan_position[j] == cost.columns - 1 - j, "every closed column was opened again");
+    }
+    for (int i = 0; i < cost.rows; ++i) {
+        const int match = a.column_of_row[i];
+        require(match >= 0 && a.row_of_column[match] == i, "every row has a column of its own");
+        for (int j = 0; j < cost.columns; ++j) {
+            const double slack = cost.row(i)[j] - a.row_price[i] - a.column_price[j];
+            require(slack >= -rounding, "no pair is cheaper than its prices");
+            require(j != match || slack <= rounding, "a matched pair costs its prices");
+        }
+    }
+}
+
+void test_certificates() {
+    std::mt19937 random(std::random_device{}());
+    for (int round = 0; round < 400; ++round) {
+        const int rows = 1 + static_cast<int>(random() % 30);
+        const int columns = rows + static_cast<int>(random() % 30);
+        const auto costs = random_costs(random, rows, columns, round % 2 == 0);
+        const CostMatrix<double> cost{costs.data(), columns, rows, columns};
+        // Exactly the bytes it asks for, so that AddressSanitizer sees a step beyond them.
+        std::vector<unsigned char> memory(Assignment::bytes(rows, columns), 0xff);
+        const Assignment a = Assignment::within(memory.data(), rows, columns);
+        require(detr_fast::solve_assignment(detr_fast::OneThread{}, cost, a) == Outcome::solved, "it is solved");
+        check_certificate(cost, a);
+    }
+}
+
+std::vector<int64_t> solve_batch(const std::vector<double>& costs, int threads) {
+    constexpr int64_t problems = 48, queries = 60, targets = 25;
+    const int64_t sizes[3] = {problems, queries, targets};
+    const int64_t strides[3] = {queries * targets, targets, 1};
+    std::vector<int64_t> num_targets(problems), query_of_target(problems * targets);
+    std::vector<int32_t> outcome(problems);
+    for (int64_t p = 0; p < problems; ++p) num_targets[p] = p % (targets + 1);
+    detr_fast_assignment_cpu(costs.data(), true, sizes, strides, num_targets.data(), query_of_target.data(),
+                             outcome.data(), threads);
+    for (const int32_t o : outcome) require(o == 0, "every problem of the batch is solved");
+    return query_of_target;
+}
+
+void test_callers_at_once() {
+    std::mt19937 random(7);
+    const auto costs = random_costs(random, 48 * 60, 25, false);
+    const auto expected = solve_batch(costs, 1);
+    std::vector<std::thread> callers;
+    for (int c = 0; c < 4; ++c) {
+        callers.emplace_back([&] {
+            for (int i = 0; i < 20; ++i)
+                require(solve_batch(costs, 4) == expected, "callers do not disturb each other");
+        });
+    }
+    for (std::thread& caller : callers) caller.join();
+}
+
+void test_exceptions_reach_the_caller() {
+    for (int i = 0; i < 50; ++i) {
+        bool caught = false;
+        try {
+            detr_fast::parallel_for(100, 4, [](int64_t index) {
+                if (index == 57) throw std::runtime_error("57");
+            });
+        } catch (const std::runtime_error& error) {
+            caught = std::string(error.what()) == "57";
+        }
+        require(caught, "an exception of a task reaches the caller");
+    }
+}
+
+}  // namespace
+
+int main() {
+    test_certificates();
+    test_callers_at_once();
+    test_exceptions_reach_the_caller();
+    return 0;
+}

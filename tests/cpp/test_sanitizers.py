@@ -1,0 +1,36 @@
+"""The C++ of the CPU under the compiler's sanitizers."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ["tests/cpp/lsap_test.cpp", "csrc/cpu/assignment.cpp", "csrc/cpu/thread_pool.cpp"]
+SANITIZERS = {
+    "none": ["-O3"],
+    "address and undefined": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "thread": ["-O1", "-g", "-fsanitize=thread"],
+}
+
+
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+def test_cpu_code(compile_cpp: Callable[..., Path], sanitizer: str) -> None:
+    name = f"lsap_test_{sanitizer.replace(' ', '_')}"
+    binary = compile_cpp(name, SOURCES, *SANITIZERS[sanitizer], f"-I{ROOT}/csrc/core", f"-I{ROOT}/csrc/cpu")
+    done = subprocess.run([str(binary)], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_thread_sanitizer_is_awake(compile_cpp: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "race.cpp").write_text(
+        "#include <thread>\nint n = 0;\n"
+        "int main() { std::thread a([] { ++n; }), b([] { ++n; }); a.join(); b.join(); return n > 2; }\n"
+    )
+    binary = compile_cpp("race", ["race.cpp"], *SANITIZERS["thread"], root=tmp_path)
+    done = subprocess.run([str(binary)], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode != 0
+    assert "data race" in done.stderr

@@ -1,0 +1,425 @@
+"""The assignment op: every backend against SciPy, and SciPy against brute force and the dual certificate."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from detr_fast.ops import _native, assignment
+
+NATIVE = _native.load()
+if NATIVE.module is None and os.environ.get("CI"):
+    pytest.fail(f"continuous integration has a compiler, but {NATIVE.why_not}", pytrace=False)
+
+needs_native = pytest.mark.skipif(NATIVE.module is None, reason=str(NATIVE.why_not))
+needs_cuda = pytest.mark.skipif(
+    not torch.cuda.is_available() or NATIVE.module is None or NATIVE.module.cuda is None,
+    reason="needs a GPU and the native module with CUDA",
+)
+BACKENDS = ["reference", pytest.param("native", marks=needs_native)]
+PLACES = [("reference", "cpu"), pytest.param("native", "cpu", marks=needs_native)]
+PLACES += [("native", "cuda")] if torch.cuda.is_available() else []
+
+# (Q, T, counts): the shapes that break solvers, and one real size.
+SHAPES = {
+    "one query": (1, 3, [0, 1, 2, 3]),
+    "one target": (7, 1, [1, 0, 1]),
+    "no targets in one problem": (10, 4, [4, 0, 2]),
+    "no targets at all": (10, 4, [0, 0]),
+    "no room for targets": (10, 0, [0, 0]),
+    "no problems": (10, 4, []),
+    "as many targets as queries": (9, 9, [9, 8, 9]),
+    "more targets than queries": (5, 12, [12, 6, 5, 4]),
+    "not a multiple of a warp": (33, 31, [31, 17]),
+    "DETR": (100, 20, [7, 20, 3, 0, 11, 1]),
+    "crowded": (300, 100, [100, 99]),
+}
+
+
+def random_cost(kind: str, problems: int, queries: int, targets: int) -> Tensor:
+    """[P, Q, T] float64 costs of a kind on which a solver may go wrong."""
+    shape = (problems, queries, targets)
+    if kind == "uniform":
+        return torch.rand(shape, dtype=torch.float64)
+    if kind == "ties":
+        return torch.randint(0, int(torch.randint(2, 6, ())), shape).double()
+    if kind == "untrained":  # all queries look alike
+        queries_alike = torch.rand(problems, queries, 1) + torch.rand(problems, 1, targets)
+        return queries_alike.double() + 0.01 * torch.rand(shape, dtype=torch.float64)
+    if kind == "duplicated targets":
+        return torch.rand(shape, dtype=torch.float64)[:, :, torch.randint(0, max(targets, 1), (targets,))]
+    if kind == "duplicated queries":
+        return torch.rand(shape, dtype=torch.float64)[:, torch.randint(0, queries, (queries,))]
+    if kind == "forbidden pairs":
+        cost = torch.rand(shape, dtype=torch.float64)
+        cost[torch.rand(shape) < 0.2] = torch.inf
+        pairs = torch.arange(min(queries, targets))
+        cost[:, pairs, pairs] = 1.0  # leaves one way to match
+        return cost
+    raise AssertionError(kind)
+
+
+KINDS = ["uniform", "ties", "untrained", "duplicated targets", "duplicated queries", "forbidden pairs"]
+
+
+def by_scipy(cost: Tensor, num_targets: list[int]) -> Tensor:
+    """What the op must return, straight from SciPy."""
+    expected = torch.full((cost.shape[0], cost.shape[2]), -1)
+    for problem, count in enumerate(num_targets):
+        queries, targets = linear_sum_assignment(cost[problem, :, :count].double().cpu().numpy())
+        expected[problem, targets] = torch.from_numpy(queries)
+    return expected
+
+
+def dual_gap(cost: np.ndarray, query_of_target: np.ndarray) -> float:
+    """How far [Q, T] prices that certify the matching (T <= Q) are from existing; 0 where it is optimal.
+
+    Prices v of queries must be at most 0, and 0 for a free one, with c[q, t] - u[t] - v[q] >= 0, and = 0 on matched
+    pairs. The shortest paths over the exchanges of the matching give them, unless an exchange lowers the total.
+    """
+    targets = np.arange(cost.shape[1])
+    price = np.zeros(cost.shape[0])
+    for _ in range(cost.shape[1] + 1):
+        target_price = cost[query_of_target, targets] - price[query_of_target]
+        lower = np.minimum(price, (cost - target_price).min(axis=1))
+        free = np.setdiff1d(np.arange(len(price)), query_of_target)
+        if free.size and lower[free].min() < -1e-9:
+            return float(-lower[free].min())
+        if np.allclose(lower, price, rtol=0, atol=1e-12):
+            return 0.0
+        price = lower
+    return float("inf")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("backend", "device"), PLACES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matches_scipy(shape: str, backend: str, device: str, dtype: torch.dtype, kind: str) -> None:
+    queries, targets, num_targets = SHAPES[shape]
+    cost = random_cost(kind, len(num_targets), queries, targets).to(dtype)
+    found = assignment(cost.to(device), num_targets, backend=backend)
+    assert found.dtype == torch.int64
+    assert found.device.type == device
+    assert torch.equal(found.cpu(), by_scipy(cost, num_targets))
+
+
+@needs_native
+def test_indices_equal_scipys_on_many_small_problems() -> None:
+    solved = 0
+    for _ in range(200):
+        queries, targets = int(torch.randint(1, 24, ())), int(torch.randint(1, 28, ()))
+        for kind in KINDS:
+            num_targets = torch.randint(0, targets + 1, (16,)).tolist()
+            cost = random_cost(kind, 16, queries, targets).to(torch.float32)
+            assert torch.equal(assignment(cost, num_targets, backend="native"), by_scipy(cost, num_targets)), kind
+            solved += 16
+    assert solved == 200 * 16 * len(KINDS)
+
+
+@st.composite
+def integer_problem(draw: st.DrawFn) -> tuple[list[list[int]], int]:
+    queries, targets = draw(st.integers(1, 7)), draw(st.integers(1, 7))
+    row = st.lists(st.integers(-2, 2), min_size=targets, max_size=targets)
+    return draw(st.lists(row, min_size=queries, max_size=queries)), targets
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=300, deadline=None)
+@given(problem=integer_problem())
+def test_hypothesis_finds_no_tie_that_scipy_breaks_otherwise(backend: str, problem: tuple) -> None:
+    rows, targets = problem
+    cost = torch.tensor([rows], dtype=torch.float32)
+    assert torch.equal(assignment(cost, [targets], backend=backend), by_scipy(cost, [targets]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("queries", "targets"), [(5, 3), (4, 4), (3, 5), (6, 1), (1, 4)])
+def test_total_is_the_best_of_all_assignments(backend: str, queries: int, targets: int) -> None:
+    cost = torch.randn(1, queries, targets, dtype=torch.float64)
+    found = assignment(cost, [targets], backend=backend)[0]
+    matched = found >= 0
+    total = cost[0, found[matched], torch.arange(targets)[matched]].sum()
+    wide = cost[0] if queries >= targets else cost[0].T
+    best = min(
+        sum(wide[row, column].item() for column, row in enumerate(rows))
+        for rows in itertools.permutations(range(wide.shape[0]), wide.shape[1])
+    )
+    assert int(matched.sum()) == min(queries, targets)
+    assert found[matched].unique().numel() == int(matched.sum())
+    assert total.item() == pytest.approx(best, abs=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["uniform", "untrained", "ties"])
+def test_dual_certificate(backend: str, kind: str) -> None:
+    cost = random_cost(kind, 1, 220, 150)
+    found = assignment(cost, [150], backend=backend)[0].numpy()
+    assert dual_gap(cost[0].numpy(), found) == 0.0
+    swapped = found.copy()
+    swapped[:2] = found[1], found[0]
+    change = cost[0].numpy()[swapped, np.arange(150)].sum() - cost[0].numpy()[found, np.arange(150)].sum()
+    assert kind == "ties" or (change > 0 and dual_gap(cost[0].numpy(), swapped) > 0), (
+        "the certificate must be able to fail"
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["lap_assign500.npz", "lap_assign600.npz", "lap_assign700.npz", "lap_cost_eps.csv.gz"])
+def test_published_optima(shared_data: Path, known_answers: dict, backend: str, name: str) -> None:
+    path = shared_data / "fixtures" / name
+    if path.suffix == ".npz":
+        cost = np.load(path)["cost"].astype(np.float64)
+    else:
+        with gzip.open(path, "rt") as lines:
+            cost = np.loadtxt(lines, delimiter=",")
+    found = assignment(torch.from_numpy(cost)[None], [cost.shape[1]], backend=backend)[0].numpy()
+    matched = found >= 0
+    total = cost[found[matched], np.arange(cost.shape[1])[matched]].sum()
+    assert total == pytest.approx(known_answers["lap"][name], rel=1e-13)
+    np.testing.assert_array_equal(found, by_scipy(torch.from_numpy(cost)[None], [cost.shape[1]])[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_published_small_optima(known_answers: dict, backend: str) -> None:
+    for case in known_answers["lap"]["small"]:
+        cost = torch.tensor(case["cost"], dtype=torch.float64)
+        found = assignment(cost[None], [cost.shape[1]], backend=backend)[0]
+        matched = found >= 0
+        assert cost[found[matched], torch.arange(cost.shape[1])[matched]].sum().item() == case["optimum"]
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda cost: cost,
+    "the solver's own": lambda cost: cost.transpose(1, 2).contiguous().transpose(1, 2),
+    "a slice of a wider tensor": lambda cost: torch.cat([cost, cost, cost], dim=2)[:, :, : cost.shape[2]],
+    "every second query": lambda cost: cost.repeat_interleave(2, dim=1)[:, ::2],
+    "problems innermost": lambda cost: cost.permute(1, 2, 0).contiguous().permute(2, 0, 1),
+    "requires grad": lambda cost: cost.clone().requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(30, 8, [8, 5, 0]), (6, 9, [9, 6, 2])])
+@pytest.mark.parametrize(("backend", "device"), PLACES)
+def test_any_strides(backend: str, device: str, shape: tuple[int, int, list[int]], layout: str) -> None:
+    queries, targets, num_targets = shape
+    cost = torch.rand(3, queries, targets)
+    given_cost = LAYOUTS[layout](cost.to(device))
+    before = given_cost.detach().clone()
+    assert torch.equal(assignment(given_cost, num_targets, backend=backend).cpu(), by_scipy(cost, num_targets))
+    assert torch.equal(given_cost, before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_same_cost_for_every_problem(backend: str) -> None:
+    cost = torch.rand(1, 12, 5).expand(4, 12, 5)
+    assert torch.equal(assignment(cost, [5, 4, 3, 2], backend=backend), by_scipy(cost, [5, 4, 3, 2]))
+
+
+@pytest.mark.parametrize(("backend", "device"), PLACES)
+def test_padding_is_not_read(backend: str, device: str) -> None:
+    cost = torch.rand(2, 10, 6)
+    cost[0, :, 4:] = torch.nan
+    cost[1, :, 1:] = -torch.inf
+    found = assignment(cost.to(device), [4, 1], backend=backend).cpu()
+    assert torch.equal(found, by_scipy(cost, [4, 1]))
+    assert (found[0, 4:] == -1).all()
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("backend", BACKENDS)
+    @pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+    def test_cost_that_is_no_cost(self, backend: str, value: float) -> None:
+        cost = torch.rand(4, 9, 5)
+        cost[2, 7, 3] = value
+        with pytest.raises(
+            ValueError, match=rf"cost must be finite or \+inf, got {value} in problem 2 at query 7 and target 3"
+        ):
+            assignment(cost, [5, 5, 5, 5], backend=backend)
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    @pytest.mark.parametrize("shape", [(6, 3), (3, 3), (3, 5)])
+    def test_infeasible(self, backend: str, shape: tuple[int, int]) -> None:
+        cost = torch.rand(3, *shape)
+        cost[1, -1 if shape[0] <= shape[1] else slice(None), -1 if shape[0] > shape[1] else slice(None)] = torch.inf
+        with pytest.raises(ValueError, match=r"cost of problem 1 is infeasible: \+inf forbids every way"):
+            assignment(cost, [shape[1]] * 3, backend=backend)
+
+    def test_shape(self) -> None:
+        with pytest.raises(ValueError, match=r"cost must be \[P, Q, T\], got \(4, 5\)"):
+            assignment(torch.rand(4, 5), [5])
+
+    @pytest.mark.parametrize("dtype", [torch.int64, torch.float16, torch.bfloat16])
+    def test_dtype(self, dtype: torch.dtype) -> None:
+        with pytest.raises(ValueError, match=f"cost must be float32 or float64, got {dtype}"):
+            assignment(torch.zeros(1, 4, 5, dtype=dtype), [5])
+
+    def test_number_of_counts(self) -> None:
+        with pytest.raises(ValueError, match="num_targets must have one count for each of the 2 problems, got 1"):
+            assignment(torch.rand(2, 4, 5), [5])
+
+    @pytest.mark.parametrize("count", [-1, 6])
+    def test_count_out_of_range(self, count: int) -> None:
+        with pytest.raises(ValueError, match=rf"num_targets\[1\] must be in \[0, 5\], got {count}"):
+            assignment(torch.rand(2, 4, 5), [5, count])
+
+    def test_problems_without_queries(self) -> None:
+        assert assignment(torch.rand(1, 0, 3), [3]).tolist() == [[-1, -1, -1]]
+
+
+class TestTorch:
+    def test_opcheck(self) -> None:
+        op = torch.ops.detr_fast.assignment.default
+        torch.library.opcheck(op, (torch.rand(3, 10, 4), [4, 0, 2]))
+        torch.library.opcheck(op, (torch.rand(3, 10, 4, dtype=torch.float64), [4, 0, 2], "reference"))
+        torch.library.opcheck(op, (torch.rand(2, 10, 4, requires_grad=True), [4, 1]))
+
+    def test_compiles_to_one_node_that_holds_for_other_counts(self) -> None:
+        graphs = []
+
+        def count_graphs(graph: torch.fx.GraphModule, _: list) -> torch.fx.GraphModule:
+            graphs.append(graph)
+            return graph
+
+        def matched_first_query(cost: Tensor, boxes: Tensor) -> Tensor:
+            return assignment(cost, [boxes.shape[0], 2])[:, 0] + 1
+
+        compiled = torch.compile(matched_first_query, backend=count_graphs, fullgraph=True)
+        cost = torch.rand(2, 20, 9)
+        for count in (3, 4, 5, 9, 7, 2):
+            boxes = torch.zeros(count, 4)
+            assert torch.equal(compiled(cost, boxes), matched_first_query(cost, boxes))
+        assert len(graphs) == 2, "the second graph takes every count"
+        calls = [
+            node for node in graphs[-1].graph.nodes if node.op == "call_function" and "assignment" in str(node.target)
+        ]
+        assert len(calls) == 1
+
+    def test_exports(self) -> None:
+        class Matcher(torch.nn.Module):
+            def forward(self, cost: Tensor) -> Tensor:
+                return assignment(cost, [3, 4])
+
+        cost = torch.rand(2, 10, 4)
+        exported = torch.export.export(Matcher(), (cost,))
+        assert torch.ops.detr_fast.assignment.default in [node.target for node in exported.graph.nodes]
+        assert torch.equal(exported.module()(cost), by_scipy(cost, [3, 4]))
+
+    def test_fake_tensors_take_no_memory_and_no_time(self) -> None:
+        with torch._subclasses.FakeTensorMode():
+            found = assignment(torch.empty(64, 300, 100, device="cuda"), [100] * 64)
+        assert found.shape == (64, 100)
+        assert (found.dtype, found.device.type) == (torch.int64, "cuda")
+
+
+@needs_native
+class TestThreads:
+    @pytest.fixture(autouse=True)
+    def two_threads(self):
+        before = torch.get_num_threads()
+        torch.set_num_threads(2)
+        yield
+        torch.set_num_threads(before)
+
+    @pytest.fixture()
+    def problems(self) -> tuple[Tensor, list[int], Tensor]:
+        """Enough work for the pool to be used."""
+        num_targets = torch.randint(0, 41, (64,)).tolist()
+        cost = torch.rand(64, 100, 40)
+        return cost, num_targets, by_scipy(cost, num_targets)
+
+    def test_callers_do_not_disturb_one_another(self, problems: tuple) -> None:
+        cost, num_targets, expected = problems
+        found: list[Tensor] = []
+
+        def call() -> None:
+            found.extend(assignment(cost, num_targets, backend="native") for _ in range(10))
+
+        callers = [threading.Thread(target=call) for _ in range(4)]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join(60)
+        assert len(found) == 40
+        assert all(torch.equal(f, expected) for f in found)
+
+    def test_other_python_threads_go_on(self) -> None:
+        cost = torch.rand(1, 700, 1) + 0.001 * torch.rand(1, 700, 700)  # takes tenths of a second
+        ticks = 0
+        caller = threading.Thread(target=assignment, args=(cost, [700]), kwargs={"backend": "native"})
+        caller.start()
+        while caller.is_alive():
+            time.sleep(0.001)
+            ticks += 1
+        assert ticks > 10
+
+    @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+    def test_a_forked_process_can_call(self, problems: tuple) -> None:
+        cost, num_targets, expected = problems
+        assert torch.equal(assignment(cost, num_targets, backend="native"), expected)  # the pool has threads now
+        queue = multiprocessing.get_context("fork").SimpleQueue()
+
+        def call() -> None:
+            queue.put(assignment(cost, num_targets, backend="native").tolist())
+
+        child = multiprocessing.get_context("fork").Process(target=call)
+        child.start()
+        child.join(60)
+        hangs = child.is_alive()
+        child.kill()
+        assert not hangs
+        assert queue.get() == expected.tolist()
+
+    def test_the_first_broken_problem_is_named(self) -> None:
+        cost = torch.rand(64, 100, 40)
+        cost[17, 3, 2] = torch.nan
+        cost[40, 0, 0] = torch.nan
+        with pytest.raises(ValueError, match="problem 17 at query 3 and target 2"):
+            assignment(cost, [40] * 64, backend="native")
+
+
+@needs_cuda
+class TestCuda:
+    def test_does_not_wait_for_the_device(self) -> None:
+        cost = torch.rand(48, 100, 20, device="cuda")
+        num_targets = torch.randint(0, 21, (48,)).tolist()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = assignment(cost, num_targets, backend="native")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(found.cpu(), by_scipy(cost, num_targets))
+
+    def test_is_captured_and_replayed_with_other_costs(self) -> None:
+        cost = torch.rand(8, 300, 100, device="cuda")
+        num_targets = torch.randint(0, 101, (8,)).tolist()
+        assignment(cost, num_targets, backend="native")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = assignment(cost, num_targets, backend="native")
+        for _ in range(3):
+            cost.copy_(torch.rand(8, 300, 100))
+            graph.replay()
+            assert torch.equal(found.cpu(), by_scipy(cost, num_targets))
+
+    def test_large_problems_and_broken_ones(self) -> None:
+        cost = torch.rand(3, 1500, 1200, device="cuda")
+        cost[1, 3, 5] = torch.nan
+        found = assignment(cost, [1200, 1200, 700], backend="native").cpu()
+        assert (found[1] == -1).all()
+        assert torch.equal(found[[0, 2]], by_scipy(cost[[0, 2]], [1200, 700]))
