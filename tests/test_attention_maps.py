@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from test_predict import Fixed, noise, small_detr
+from stand_ins import Fixed, noise, small_detr
 from torch import Tensor, nn
 
 from detr_fast import DetrDemo, ImageBatch
@@ -114,8 +114,9 @@ def test_attention_of_an_image() -> None:
         predictor.attention(image, points_px=[(300, 10)])
 
 
-@pytest.mark.parametrize("size", [(200, 100), (20, 300), (3000, 40), (1, 1)])
-@pytest.mark.parametrize("threshold", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("size", "threshold"), [((200, 100), 0.0), ((200, 100), 1.0), ((20, 300), 0.0), ((3000, 40), 0.0), ((1, 1), 1.0)]
+)
 def test_figure(tmp_path: Path, size: tuple[int, int], threshold: float) -> None:
     predictor = Predictor(small_detr(), {1: "dog"}, threshold=threshold, size=32, max_size=64)
     maps = predictor.attention(noise(*size).resize(size), max_detections=2)
