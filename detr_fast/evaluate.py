@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from detr_fast.build import model_from_checkpoint
 from detr_fast.coco_evaluator import STAT_NAMES, CocoEvaluator, CocoResult
-from detr_fast.data.batch import Target, collate
+from detr_fast.data.batch import ImageBatch, Target, collate
 from detr_fast.data.coco import CocoDetection, seed_worker
 from detr_fast.data.transforms import eval_transforms
 from detr_fast.distributed import all_gather_objects, is_distributed, is_main
@@ -40,7 +40,7 @@ def evaluate(
 
     Args:
         model: samples to the output dictionary; left in the mode it was in.
-        loader: batches of (images, targets) with "image_id" and "orig_size".
+        loader: batches of (images as ``ImageBatch.of`` takes them, targets with "image_id" and "orig_size").
         postprocess: (outputs, [B, 2] original sizes) to detections in pixels.
         evaluator: collects the detections; may hold some already.
         device: where to run.
@@ -66,7 +66,7 @@ def evaluate(
         with torch.no_grad():
             for samples, targets in loader:
                 with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                    outputs = module(samples.to(device, non_blocking=True))
+                    outputs = module(ImageBatch.of(samples).to(device, non_blocking=True))
                 outputs = _to_float32(outputs)
                 losses.add(outputs, targets, device)
                 sizes = torch.stack([target["orig_size"] for target in targets])
