@@ -126,7 +126,8 @@ def _plot_terms(axes: Axes, epochs: list[Epoch]) -> None:
         _plot_curve(axes, epochs, _curve(epochs, f"val_loss_{term}"), color=color, linestyle="--")
     if any(line.get_linestyle() == "--" for line in axes.lines):
         axes.plot([], [], color="black", linestyle="--", label="validation")
-    _log_scale(axes)
+    # Over less than this a logarithmic axis has hardly a label.
+    _log_scale(axes, least_span=5)
     axes.set_title("loss of the last layer by term")
 
 
@@ -135,7 +136,8 @@ def _plot_ap(axes: Axes, epochs: list[Epoch]) -> None:
         # COCO's -1 says that there was nothing to measure.
         values = [100 * ap if ap >= 0 else math.nan for ap in _curve(epochs, name, inside="coco_bbox")]
         _plot_curve(axes, epochs, values, color=color, label=_with_best(name, values))
-    axes.set_ylim(bottom=0)
+    # An AP of one percent at least in view: the noise about zero of the first epochs is no rise.
+    axes.set_ylim(0, max(1.0, 1.05 * axes.dataLim.y1) if axes.lines else None)
     axes.set_title("box AP on validation images, in percent")
 
 
@@ -152,10 +154,10 @@ def _plot_lr(axes: Axes, epochs: list[Epoch]) -> None:
     axes.set_title("learning rate")
 
 
-def _log_scale(axes: Axes) -> None:
-    """Scale by powers of ten, but only where every value can be shown so."""
-    lowest = axes.dataLim.y0
-    if axes.lines and lowest > 0:
+def _log_scale(axes: Axes, least_span: float = 1.0) -> None:
+    """Scale by powers of ten where all values can be shown so and the largest is ``least_span`` times the smallest."""
+    lowest, highest = axes.dataLim.y0, axes.dataLim.y1
+    if axes.lines and lowest > 0 and highest >= least_span * lowest:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(_label_of_minor_tick)

@@ -83,9 +83,10 @@ def test_one_epoch_and_missing_keys(tmp_path: Path) -> None:
     assert texts == ["not in the log"] * 3
 
 
-def test_a_loss_of_zero_keeps_the_terms_drawable(tmp_path: Path) -> None:
-    figure = draw_log([log_line(0), log_line(1, train_loss_ce=0.0)])
-    assert [axes.get_yscale() for axes in figure.axes] == ["linear", "linear", "linear", "log"]
+@pytest.mark.parametrize(("lowest", "scale"), [(0.01, "log"), (0.9, "linear"), (0.0, "linear")])
+def test_scale_of_the_terms(lowest: float, scale: str) -> None:
+    figure = draw_log([log_line(0), log_line(1, train_loss_ce=lowest)])
+    assert [axes.get_yscale() for axes in figure.axes] == ["linear", scale, "linear", "log"]
 
 
 def test_bad_input(tmp_path: Path) -> None:
