@@ -30,7 +30,7 @@ class TrainProgress:
 
     def __init__(self, epochs: int, console: Console | None = None) -> None:
         self.epochs = epochs
-        self.console = console or Console(quiet=not is_main(), highlight=False)
+        self.console = console or Console(quiet=not is_main())
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
@@ -53,7 +53,7 @@ class TrainProgress:
 
     def step(self, report: StepReport) -> None:
         """Move the bar: loss, images per second, memory; the time left is the epoch's."""
-        if report.step <= 1 or self.bar.tasks[0].total != report.steps or self.bar.tasks[0].completed > report.step:
+        if self.bar.tasks[0].total != report.steps or self.bar.tasks[0].completed > report.step:
             self.bar.reset(self.task, total=report.steps)
         rate = report.images / max(report.seconds, 1e-9)
         self.bar.update(
@@ -74,4 +74,4 @@ class TrainProgress:
 
     def note(self, text: str) -> None:
         """Print one line."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
