@@ -59,16 +59,31 @@ def cuda_options() -> list[str]:
     return [*options, f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"] if architectures else options
 
 
-def run(command: list[str]) -> None:
-    """Runs a build step; its output, the compiler's messages among it, is printed as it comes."""
+def run(command: list[str]) -> int:
     print(" ".join(command), flush=True)
-    code = subprocess.run(command, stderr=subprocess.STDOUT, check=False).returncode
-    if code:
+    return subprocess.run(command, stderr=subprocess.STDOUT, check=False).returncode
+
+
+def build_step(command: list[str]) -> None:
+    """Runs a build step; its output, the compiler's messages among it, is printed as it comes."""
+    if code := run(command):
         raise SystemExit(
             f"detr_fast: the native module did not build (the step above exited with {code}; its output has the "
             "compiler's message).\nDETR_FAST_CUDA=off builds without the CUDA kernels, DETR_FAST_NATIVE=off without "
             "any native code."
         )
+
+
+def configure(command: list[str], build: Path) -> None:
+    """The step in which CMake tries the compilers. It hides what a failing nvcc says, so nvcc is asked again."""
+    try:
+        build_step(command)
+    except SystemExit:
+        if "-DDETR_FAST_WITH_CUDA=ON" in command:
+            probe = build / "probe.cu"
+            probe.write_text("__global__ void probe() {}\n")
+            run([str(find_nvcc()), "-std=c++17", "-c", str(probe), "-o", str(build / "probe.o")])
+        raise
 
 
 class CMakeBuild(build_ext):
@@ -80,12 +95,13 @@ class CMakeBuild(build_ext):
         shutil.rmtree(build, ignore_errors=True)  # a cache of another isolated build names tools that are gone
         build.mkdir(parents=True)
         cmake = find_tool("cmake")
-        run(
+        configure(
             [cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}"]
             + ["-DCMAKE_BUILD_TYPE=Release", f"-DPython_EXECUTABLE={sys.executable}"]
-            + [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", *cuda_options()]
+            + [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", *cuda_options()],
+            build,
         )
-        run([cmake, "--build", str(build)])
+        build_step([cmake, "--build", str(build)])
         target.parent.mkdir(parents=True, exist_ok=True)
         (built,) = build.glob("_C*.so") if os.name != "nt" else build.glob("_C*.pyd")
         # Renamed into place: a process that has the old module loaded keeps it.
