@@ -122,10 +122,10 @@ def test_annotation_id_zero_can_be_matched() -> None:
     assert evaluator.summarize().stats["AP"] == pytest.approx(1)
 
 
-def test_same_image_twice_counts_once() -> None:
+def test_same_image_twice_counts_once_as_it_came_first() -> None:
     evaluator = CocoEvaluator(tiny_ground_truth())
-    for _ in range(2):
-        evaluator.update({1: exact_prediction(), 2: exact_prediction()})
+    evaluator.update({1: exact_prediction(), 2: exact_prediction()})
+    evaluator.update({1: exact_prediction(label=5), 2: {}})
     assert evaluator.summarize().stats["AP"] == pytest.approx(1)
 
 
