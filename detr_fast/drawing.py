@@ -122,17 +122,6 @@ def draw_boxes(
     return canvas
 
 
-def draw_points(image: Image.Image, points_px: Sequence[tuple[float, float]]) -> Image.Image:
-    """Mark the points (x, y), in pixels, with rings on an RGB copy of ``image``."""
-    canvas = image.convert("RGB")
-    draw = ImageDraw.Draw(canvas)
-    width = line_width(canvas.size)
-    for x, y in points_px:
-        draw.circle((x, y), 4.5 * width, outline=(0, 0, 0), width=3 * width)
-        draw.circle((x, y), 4 * width, outline=(255, 255, 255), width=2 * width)
-    return canvas
-
-
 def _check_boxes(boxes: Tensor, labels: Sequence[int], names: Sequence[str], scores: Sequence[float] | None) -> None:
     if boxes.ndim != 2 or boxes.shape[1] != 4:
         raise ValueError(f"boxes_xyxy_px must be [N, 4], got {tuple(boxes.shape)}")
