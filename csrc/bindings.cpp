@@ -8,9 +8,12 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/assignment.h"
+#include "cpu/matching.h"
+#include "cpu/matching_cost.h"
 #if defined(DETR_FAST_WITH_CUDA)
 #include "cuda/assignment.h"
 #endif
@@ -35,6 +38,56 @@ std::vector<int32_t> assignment_cpu(uintptr_t cost, bool is_double, const Triple
     detr_fast_assignment_cpu(at<const void>(cost), is_double, sizes.data(), strides.data(), num_targets.data(),
                              at<int64_t>(query_of_target), outcome.data(), threads);
     return outcome;
+}
+
+using Addresses = std::vector<uintptr_t>;
+using Pair = std::array<int64_t, 2>;
+
+// Keyword arguments of Python become the launchers' structs.
+struct MatchingInputs {
+    bool is_double;
+    std::array<int64_t, 4> sizes;    // L, B, Q, classes
+    Addresses logits, boxes, extra;  // extra may be empty
+    Pair logit_strides, box_strides;
+    uintptr_t labels, target_boxes;
+    Counts num_targets;
+    std::array<double, 5> weights;  // class, bbox, giou, alpha, gamma
+    bool focal;
+
+    detr_fast_matching_inputs inputs() const {
+        const auto list = [](const Addresses& a) { return reinterpret_cast<const void* const*>(a.data()); };
+        return {is_double,
+                sizes[0],
+                sizes[1],
+                sizes[2],
+                sizes[3],
+                list(logits),
+                list(boxes),
+                extra.empty() ? nullptr : list(extra),
+                {logit_strides[0], logit_strides[1]},
+                {box_strides[0], box_strides[1]},
+                at<const int64_t>(labels),
+                at<const void>(target_boxes),
+                num_targets.data()};
+    }
+
+    detr_fast_cost_weights cost_weights() const {
+        return {weights[0], weights[1], weights[2], focal, weights[3], weights[4]};
+    }
+};
+
+void matching_cost_cpu(const MatchingInputs& m, uintptr_t cost, uintptr_t nonfinite, int threads) {
+    const py::gil_scoped_release release;
+    const auto inputs = m.inputs();
+    const auto weights = m.cost_weights();
+    detr_fast_matching_cost_cpu(&inputs, &weights, at<void>(cost), at<int64_t>(nonfinite), threads);
+}
+
+void matching_cpu(const MatchingInputs& m, uintptr_t query_of_target, uintptr_t nonfinite, int threads) {
+    const py::gil_scoped_release release;
+    const auto inputs = m.inputs();
+    const auto weights = m.cost_weights();
+    detr_fast_matching_cpu(&inputs, &weights, at<int64_t>(query_of_target), at<int64_t>(nonfinite), threads);
 }
 
 #if defined(DETR_FAST_WITH_CUDA)
@@ -72,6 +125,16 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "The native half of detr_fast.ops.";
     m.attr("compiler") = DETR_FAST_COMPILER;
     m.def("assignment_cpu", &assignment_cpu);
+    py::class_<MatchingInputs>(m, "MatchingInputs")
+        .def(py::init([](bool is_double, const std::array<int64_t, 4>& sizes, Addresses logits, Addresses boxes,
+                         Addresses extra, Pair logit_strides, Pair box_strides, uintptr_t labels,
+                         uintptr_t target_boxes, Counts num_targets, const std::array<double, 5>& weights, bool focal) {
+            return MatchingInputs{
+                is_double,   sizes,  std::move(logits), std::move(boxes),       std::move(extra), logit_strides,
+                box_strides, labels, target_boxes,      std::move(num_targets), weights,          focal};
+        }));
+    m.def("matching_cost_cpu", &matching_cost_cpu);
+    m.def("matching_cpu", &matching_cpu);
 #if defined(DETR_FAST_WITH_CUDA)
     m.attr("cuda") = DETR_FAST_CUDA_VERSION;
     m.attr("cuda_architectures") = DETR_FAST_CUDA_ARCHITECTURES;

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from detr_fast.data.batch import Target
 from detr_fast.distributed import mean_over_processes
+from detr_fast.matcher import HungarianMatcher, matched_pairs
 from detr_fast.ops.boxes import cxcywh_to_xyxy, elementwise_giou
 from detr_fast.targets import check_targets
 
@@ -77,11 +78,15 @@ class SetCriterion(nn.Module):
         if self.validate:
             check_targets(targets, self.num_classes, batch_size=len(outputs["pred_logits"]))
         num_boxes = self._num_boxes(outputs["pred_logits"], targets)
-        losses = self._layer_losses(outputs, targets, num_boxes)
-        for layer, aux_outputs in enumerate(outputs.get("aux_outputs", [])):
-            layer_losses = self._layer_losses(aux_outputs, targets, num_boxes)
+        layers = [outputs, *outputs.get("aux_outputs", [])]
+        final, *earlier = [
+            self._layer_losses(layer, targets, indices, num_boxes)
+            for layer, indices in zip(layers, self._match(layers, targets), strict=True)
+        ]
+        losses = dict(final)
+        for number, layer_losses in enumerate(earlier):
             layer_losses.pop("class_error", None)
-            losses.update({f"{name}_{layer}": value for name, value in layer_losses.items()})
+            losses.update({f"{name}_{number}": value for name, value in layer_losses.items()})
         return losses
 
     def loss_labels(
@@ -121,8 +126,17 @@ class SetCriterion(nn.Module):
             "loss_giou": (1 - giou).sum() / num_boxes,
         }
 
-    def _layer_losses(self, outputs: dict[str, Any], targets: Sequence[Target], num_boxes: Tensor) -> dict[str, Tensor]:
-        indices = self.matcher({key: outputs[key] for key in outputs if key != "aux_outputs"}, targets)
+    def _match(self, layers: Sequence[dict[str, Any]], targets: Sequence[Target]) -> list[Indices]:
+        """The matched pairs of every decoder layer; in one call where the matcher can do that."""
+        if not isinstance(self.matcher, HungarianMatcher):
+            return [self.matcher({k: v for k, v in layer.items() if k != "aux_outputs"}, targets) for layer in layers]
+        queries = self.matcher.match_layers(layers, targets).cpu()  # [L, N]; indexing below takes host indices
+        counts = [len(target["labels"]) for target in targets]
+        return [[matched_pairs(image) for image in layer.split(counts)] for layer in queries]
+
+    def _layer_losses(
+        self, outputs: dict[str, Any], targets: Sequence[Target], indices: Indices, num_boxes: Tensor
+    ) -> dict[str, Tensor]:
         losses: dict[str, Tensor] = {}
         for name in self.losses:
             losses.update(self._loss_functions[name](outputs, targets, indices, num_boxes))

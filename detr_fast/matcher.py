@@ -9,36 +9,41 @@ import torch
 from torch import Tensor, nn
 
 from detr_fast.data.batch import Target
-from detr_fast.ops import assignment
-from detr_fast.ops.boxes import cxcywh_to_xyxy, pairwise_giou
+from detr_fast.ops import CostWeights, PackedTargets, matching
+from detr_fast.ops.boxes import cxcywh_to_xyxy, elementwise_giou
 from detr_fast.targets import check_targets
 
 
 class HungarianMatcher(nn.Module):
     """Gives every target its own query at the lowest total cost.
 
-    The cost of a pair is ``cost_class * -p(target's class) + cost_bbox * L1 + cost_giou * -GIoU``.
+    The cost of a pair is ``cost_class * -p(target's class) + cost_bbox * L1 + cost_giou * -GIoU``. A pair whose cost is
+    not a number is matched only where no other is left.
 
     Args:
         cost_class: weight of the class probability.
         cost_bbox: weight of the L1 distance of the boxes (cxcywh, fractions of the image).
         cost_giou: weight of the generalized IoU.
+        strict: refuse costs that are not numbers, which waits for the device.
 
     Raises:
         ValueError: all weights are zero.
     """
 
-    def __init__(self, cost_class: float = 1, cost_bbox: float = 1, cost_giou: float = 1) -> None:
+    def __init__(
+        self, cost_class: float = 1, cost_bbox: float = 1, cost_giou: float = 1, *, strict: bool = False
+    ) -> None:
         super().__init__()
         if cost_class == 0 and cost_bbox == 0 and cost_giou == 0:
             raise ValueError("one of cost_class, cost_bbox and cost_giou must not be 0")
         self.cost_class = cost_class
         self.cost_bbox = cost_bbox
         self.cost_giou = cost_giou
+        self.strict = strict
 
     @torch.no_grad()
     def forward(self, outputs: dict[str, Any], targets: Sequence[Target]) -> list[tuple[Tensor, Tensor]]:
-        """Match.
+        """Match one decoder layer.
 
         Args:
             outputs: ``pred_logits`` [B, Q, C + 1] and ``pred_boxes`` [B, Q, 4] cxcywh in [0, 1].
@@ -49,33 +54,58 @@ class HungarianMatcher(nn.Module):
             With more targets than queries, the Q of them that give the lowest total are matched.
 
         Raises:
-            ValueError: targets are malformed (see ``check_targets``), or a cost is not a number.
+            ValueError: targets are malformed (see ``check_targets``), or, with ``strict``, a cost is not a number.
         """
-        logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
-        check_targets(targets, num_classes=logits.shape[-1] - 1, batch_size=len(logits))
-        counts = [len(target["labels"]) for target in targets]
-        cost = logits.new_zeros((*logits.shape[:2], max(counts)), dtype=_at_least_float32(logits))  # [B, Q, T]
-        for block, image_logits, image_boxes, target in zip(cost, logits, boxes, targets, strict=True):
-            block[:, : len(target["labels"])] = self._cost(image_logits, image_boxes, target)
-        queries = assignment(cost, counts).cpu()  # the original's return value lives on the host
-        return [_pairs(row[:count]) for row, count in zip(queries, counts, strict=True)]
+        (queries,) = self.match_layers([outputs], targets).cpu()  # the original's return value lives on the host
+        return [matched_pairs(row) for row in queries.split([len(target["labels"]) for target in targets])]
 
-    def _cost(self, logits: Tensor, boxes: Tensor, target: Target) -> Tensor:
-        dtype = _at_least_float32(logits)
-        probability = logits.to(dtype).softmax(-1)
-        boxes, target_boxes = boxes.to(dtype), target["boxes"].to(dtype)
-        cost_class = -probability[:, target["labels"]]  # [Q, T]
-        cost_bbox = (boxes[:, None] - target_boxes).abs().sum(-1)
-        cost_giou = -pairwise_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes))
-        return self.cost_bbox * cost_bbox + self.cost_class * cost_class + self.cost_giou * cost_giou
+    @torch.no_grad()
+    def match_layers(self, layers: Sequence[dict[str, Any]], targets: Sequence[Target]) -> Tensor:
+        """Match L decoder layers at once: the fast way in.
+
+        Args:
+            layers: L dicts as in ``forward``, of the same shapes.
+            targets: as in ``forward``.
+
+        Returns:
+            [L, N] int64 on the outputs' device: for each of the batch's N targets its query, -1 where there is none.
+
+        Raises:
+            ValueError: as ``forward``.
+        """
+        logits = [outputs["pred_logits"] for outputs in layers]
+        boxes = [outputs["pred_boxes"] for outputs in layers]
+        check_targets(targets, num_classes=logits[0].shape[-1] - 1, batch_size=len(logits[0]))
+        packed = PackedTargets.pack(targets)
+        weights = CostWeights(self.cost_class, self.cost_bbox, self.cost_giou)
+        queries, num_nonfinite = matching(logits, boxes, packed, weights)
+        if self.strict and bool(num_nonfinite.any()):  # waits for the device, as asked for
+            _raise_for_nonfinite(logits, boxes, targets)
+        return queries
 
 
-def _pairs(query_of_target: Tensor) -> tuple[Tensor, Tensor]:
-    """The query of each target (-1: none) to matched (queries, targets), the queries ascending."""
+def matched_pairs(query_of_target: Tensor) -> tuple[Tensor, Tensor]:
+    """An image's [T] queries on the host (-1: none) to matched (queries, targets), the queries ascending."""
     queries, targets = query_of_target.sort()
-    matched = int((queries >= 0).sum())  # on the host already
-    return queries[len(queries) - matched :], targets[len(queries) - matched :]
+    unmatched = int((queries < 0).sum())  # on the host already
+    return queries[unmatched:], targets[unmatched:]
 
 
-def _at_least_float32(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+def _raise_for_nonfinite(logits: Sequence[Tensor], boxes: Sequence[Tensor], targets: Sequence[Target]) -> None:
+    """Name the first pair whose cost is not a number, and the term that is to blame."""
+    for layer, (layer_logits, layer_boxes) in enumerate(zip(logits, boxes, strict=True)):
+        for image, target in enumerate(targets):
+            query_boxes, target_boxes = layer_boxes[image][:, None], target["boxes"]
+            terms = {
+                "class probability": layer_logits[image].softmax(-1)[:, target["labels"]],
+                "L1 distance": (query_boxes - target_boxes).abs().sum(-1),
+                "GIoU": elementwise_giou(cxcywh_to_xyxy(query_boxes), cxcywh_to_xyxy(target_boxes)),
+            }
+            for name, term in terms.items():  # each [Q, T]
+                bad = (~term.isfinite()).nonzero().tolist()  # in an error's path, which may wait
+                if bad:
+                    query, index = bad[0]
+                    raise ValueError(
+                        f"the {name} of image {image}, query {query}, target {index} at decoder layer {layer} "
+                        f"is not a number: {term[query, index].item()}"  # likewise
+                    )

@@ -51,6 +51,21 @@ def _check_shapes(target: Target, index: int) -> None:
         )
 
 
+def _values_are_good(targets: Sequence[Target], num_classes: int) -> bool:
+    """All images at once, because nearly always nothing is wrong and small operations cost more than large ones."""
+    labels = torch.cat([target["labels"] for target in targets])
+    boxes = torch.cat([target["boxes"] for target in targets])
+    if len(labels) == 0:
+        return True
+    lowest, highest = labels.aminmax()
+    centre, half = boxes[:, :2], boxes[:, 2:] / 2
+    lowest_size = half.amin()
+    reach = torch.maximum((centre - half).amin().neg(), (centre + half).amax() - 1)
+    # A comparison with NaN is false. A box of ordinary size may lie so that it reaches outside by a rounding.
+    good = (lowest >= 0) & (highest < num_classes) & (lowest_size >= 0) & (reach <= OUTSIDE_TOLERANCE)
+    return bool(good)
+
+
 def _check_labels(labels: Tensor, index: int, num_classes: int) -> None:
     bad = _first((labels < 0) | (labels >= num_classes))
     if bad is None:

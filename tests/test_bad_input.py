@@ -73,11 +73,25 @@ def test_targets_must_be_one_dict_an_image(train):
         train()(random_outputs(2), [])
 
 
-def test_a_diverged_model_is_named_by_the_matcher():
-    outputs = random_outputs(2)
-    outputs["pred_boxes"][1, 3, 2] = float("nan")
-    with pytest.raises(ValueError, match="got nan in problem 1 at query 3 and target 0"):
-        HungarianMatcher(1, 5, 2)(outputs, random_targets([2, 2]))
+@pytest.mark.parametrize(
+    ("name", "place", "message"),
+    [
+        (
+            "pred_boxes",
+            (1, 3, 2),
+            "the L1 distance of image 1, query 3, target 0 at decoder layer 0 is not a number: nan",
+        ),
+        ("pred_logits", (0, 6, 1), "the class probability of image 0, query 6, target 0 at decoder layer 0"),
+    ],
+)
+def test_a_diverged_model_is_named_by_the_strict_matcher(name, place, message):
+    outputs, targets = random_outputs(2), random_targets([2, 2])
+    HungarianMatcher(1, 5, 2, strict=True)(outputs, targets)
+    outputs[name][place] = float("nan")
+    with pytest.raises(ValueError, match=message):
+        HungarianMatcher(1, 5, 2, strict=True)(outputs, targets)
+    pairs = HungarianMatcher(1, 5, 2)(outputs, targets)
+    assert place[1] not in pairs[place[0]][0]  # there are others to match
 
 
 def test_what_is_odd_but_no_mistake_passes():

@@ -64,3 +64,14 @@ def test_half_precision_logits_are_matched_in_float32() -> None:
 def test_refuses_weights_that_are_all_zero() -> None:
     with pytest.raises(ValueError, match="must not be 0"):
         HungarianMatcher(0, 0, 0)
+
+
+def test_layers_matched_at_once_are_matched_as_one_by_one() -> None:
+    layers, targets = [random_outputs(3) for _ in range(4)], random_targets([3, 0, 9])
+    matcher = HungarianMatcher(1, 5, 2)
+    at_once = matcher.match_layers(layers, targets)
+    assert at_once.shape == (4, 12)
+    for row, outputs in zip(at_once, layers, strict=True):
+        for image, (queries, found) in zip(row.split([3, 0, 9]), matcher(outputs, targets), strict=True):
+            assert image[found].tolist() == queries.tolist()
+            assert (image >= 0).sum() == len(queries)

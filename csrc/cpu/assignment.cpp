@@ -1,21 +1,21 @@
 #include "assignment.h"
 
 #include <algorithm>
-#include <memory>
 
 #include "../core/lsap.h"
+#include "solver.h"
 #include "thread_pool.h"
 
-// The scan of a row is compiled for each of these vector widths, and the loader picks one. A sanitizer's runtime is
-// not up yet when the loader does so.
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__SANITIZE_ADDRESS__) && \
-    !defined(__SANITIZE_THREAD__) && !defined(DETR_FAST_ONE_TARGET)
-#define DETR_FAST_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), flatten))
-#else
-#define DETR_FAST_CLONES
-#endif
-
 namespace detr_fast {
+
+DETR_FAST_CLONES Outcome solve(const CostMatrix<float>& cost, const Assignment& a) {
+    return solve_assignment(OneThread{}, cost, a);
+}
+
+DETR_FAST_CLONES Outcome solve(const CostMatrix<double>& cost, const Assignment& a) {
+    return solve_assignment(OneThread{}, cost, a);
+}
+
 namespace {
 
 // Fewer costs than this are done before another thread has woken up (about 20 microseconds).
@@ -29,39 +29,6 @@ struct Batch {
     int64_t* query_of_target;
     int32_t* outcome;
 };
-
-// Memory that a thread keeps from problem to problem, unless it is much.
-class Scratch {
-  public:
-    unsigned char* reserve(size_t bytes) {
-        if (bytes > capacity_) {
-            memory_.reset();
-            capacity_ = 0;
-            memory_.reset(new unsigned char[bytes]);  // make_unique would fill it with zeros
-            capacity_ = bytes;
-        }
-        return memory_.get();
-    }
-
-    void release_if_large() {
-        if (capacity_ <= largest_kept) return;
-        memory_.reset();
-        capacity_ = 0;
-    }
-
-  private:
-    static constexpr size_t largest_kept = size_t{4} << 20;
-    std::unique_ptr<unsigned char[]> memory_;
-    size_t capacity_ = 0;
-};
-
-DETR_FAST_CLONES Outcome solve(const CostMatrix<float>& cost, const Assignment& a) {
-    return solve_assignment(OneThread{}, cost, a);
-}
-
-DETR_FAST_CLONES Outcome solve(const CostMatrix<double>& cost, const Assignment& a) {
-    return solve_assignment(OneThread{}, cost, a);
-}
 
 // A problem's rows are its targets, or its queries where these are not more: SciPy's choice, which ties depend on.
 template <typename Cost>

@@ -17,13 +17,21 @@ from detr_fast.ops.boxes import (
     pairwise_iou,
     xyxy_to_cxcywh,
 )
+from detr_fast.ops.matching import Matching, matching
+from detr_fast.ops.matching_cost import CostWeights, MatchingCost, PackedTargets, matching_cost
 
 __all__ = [
+    "CostWeights",
+    "Matching",
+    "MatchingCost",
+    "PackedTargets",
     "assignment",
     "box_area",
     "cxcywh_to_xyxy",
     "elementwise_giou",
     "elementwise_iou",
+    "matching",
+    "matching_cost",
     "pairwise_giou",
     "pairwise_iou",
     "xyxy_to_cxcywh",

@@ -1,0 +1,87 @@
+"""The matching cost by csrc/cpu/matching_cost.cpp, and the packing of its arguments, which ``matching`` shares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detr_fast.ops import _native
+from detr_fast.ops.matching_cost.types import CostWeights, PackedTargets
+
+
+def why_not(logits: Tensor) -> str | None:
+    if logits.device.type != "cpu":
+        return f"there is no native code for {logits.device.type} devices yet"
+    return _native.why_not(logits.device)
+
+
+def matching_cost_native(
+    logits: Sequence[Tensor],
+    boxes: Sequence[Tensor],
+    targets: PackedTargets,
+    weights: CostWeights,
+    extra_cost: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    arguments = NativeArguments(logits, boxes, targets, weights, extra_cost)
+    layers, batch, queries, _ = arguments.sizes
+    cost = torch.empty((layers, len(targets.labels), queries), dtype=arguments.dtype)
+    nonfinite = torch.empty((layers, batch), dtype=torch.int64)
+    threads = torch.get_num_threads()
+    _native.module().matching_cost_cpu(arguments.inputs, cost.data_ptr(), nonfinite.data_ptr(), threads)
+    return cost, nonfinite
+
+
+class NativeArguments:
+    """Predictions and targets as addresses and sizes; holds the tensors that the addresses point into."""
+
+    def __init__(
+        self,
+        logits: Sequence[Tensor],
+        boxes: Sequence[Tensor],
+        targets: PackedTargets,
+        weights: CostWeights,
+        extra_cost: Sequence[Tensor] | None,
+    ) -> None:
+        _check_labels(targets, logits[0].shape[2])
+        self.dtype = torch.promote_types(logits[0].dtype, torch.float32)
+        self.logits = _same_strides([x.detach().to(self.dtype) for x in logits])
+        self.boxes = _same_strides([x.detach().to(self.dtype) for x in boxes])
+        self.extra = [x.detach().to(self.dtype).contiguous() for x in extra_cost or ()]
+        self.labels = targets.labels.contiguous()
+        self.target_boxes = targets.boxes.detach().to(self.dtype).contiguous()
+        self.sizes = (len(logits), *logits[0].shape)
+        self.inputs: Any = _native.module().MatchingInputs(
+            self.dtype == torch.float64,
+            self.sizes,
+            [x.data_ptr() for x in self.logits],
+            [x.data_ptr() for x in self.boxes],
+            [x.data_ptr() for x in self.extra],
+            self.logits[0].stride()[:2],
+            self.boxes[0].stride()[:2],
+            self.labels.data_ptr(),
+            self.target_boxes.data_ptr(),
+            list(targets.num_targets),
+            (weights.cost_class, weights.cost_bbox, weights.cost_giou, weights.alpha, weights.gamma),
+            weights.focal,
+        )
+
+
+def _check_labels(targets: PackedTargets, classes: int) -> None:
+    # The C++ takes a label as an offset. The tensors are on the CPU here, so that looking costs no wait.
+    if len(targets.labels) == 0:
+        return
+    lowest, highest = (int(x) for x in targets.labels.aminmax())
+    if lowest < 0 or highest >= classes:
+        bad = lowest if lowest < 0 else highest
+        raise IndexError(f"labels must be in [0, {classes - 1}], the places of a query's logits, got {bad}")
+
+
+def _same_strides(layers: list[Tensor]) -> list[Tensor]:
+    """The layers as they lie, where one set of strides describes them all and the last dimension is contiguous."""
+    stride = layers[0].stride()
+    if stride[-1] == 1 and all(x.stride() == stride for x in layers):
+        return layers
+    return [x.contiguous() for x in layers]

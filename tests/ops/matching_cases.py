@@ -1,0 +1,58 @@
+"""Predictions and targets of awkward shapes, for the tests of matching_cost and matching."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from small import random_boxes
+from torch import Tensor
+
+from detr_fast.ops.matching_cost import CostWeights, PackedTargets
+
+DETR = CostWeights(1, 5, 2)
+FOCAL = CostWeights(2, 5, 2, focal=True)
+
+
+class Shape(NamedTuple):
+    layers: int
+    queries: int
+    classes: int
+    num_targets: list[int]
+
+
+SHAPES = {
+    "one query": Shape(1, 1, 3, [1, 0]),
+    "no targets in one image": Shape(2, 10, 92, [3, 0, 5]),
+    "no targets at all": Shape(2, 10, 5, [0, 0]),
+    "more targets than queries": Shape(2, 4, 7, [9, 2]),
+    "as many targets as queries": Shape(1, 6, 7, [6]),
+    "one class": Shape(1, 5, 1, [2]),
+    "odd sizes": Shape(3, 37, 19, [11, 1, 13]),
+    "real": Shape(6, 100, 92, [7, 3, 20, 1]),
+}
+
+
+class Case(NamedTuple):
+    logits: list[Tensor]
+    boxes: list[Tensor]
+    targets: PackedTargets
+
+
+def make_case(shape: Shape, dtype: torch.dtype = torch.float32) -> Case:
+    """Random predictions; logits are a slice of a wider tensor, so that strides are not those of the shape."""
+    batch, total = len(shape.num_targets), sum(shape.num_targets)
+    wide = 3 * torch.randn(shape.layers, batch, shape.queries + 2, shape.classes + 5)
+    logits = wide[:, :, 1:-1, 2:-3].to(dtype)
+    boxes = torch.stack([random_boxes(batch * shape.queries) for _ in range(shape.layers)])
+    labels = torch.randint(shape.classes, (total,))
+    targets = PackedTargets(labels, random_boxes(total), shape.num_targets)
+    return Case(list(logits), list(boxes.view(shape.layers, batch, shape.queries, 4).to(dtype)), targets)
+
+
+def double(case: Case) -> Case:
+    return Case(
+        [x.double() for x in case.logits],
+        [x.double() for x in case.boxes],
+        case.targets._replace(boxes=case.targets.boxes.double()),
+    )
