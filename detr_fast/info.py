@@ -12,8 +12,10 @@ import torch
 from detr_fast.ops import _native
 from detr_fast.ops._dispatch import Op
 from detr_fast.ops.assignment.api import OP as ASSIGNMENT
+from detr_fast.ops.matching.api import OP as MATCHING
+from detr_fast.ops.matching_cost.api import OP as MATCHING_COST
 
-OPS = (ASSIGNMENT,)
+OPS = (MATCHING_COST, ASSIGNMENT, MATCHING)
 
 PACKAGES = ("detr_fast", "torch", "numpy", "scipy", "triton", "torchvision", "pillow", "hotcoco", "safetensors")
 
@@ -50,8 +52,8 @@ def render_info() -> str:
     lines += ["", "Ops: the implementation each takes, and why another cannot run"]
     for op, selections in found["ops"].items():
         for device, selection in selections.items():
-            lines.append(f"  {op:<12} on {device}: {selection['takes']}")
-            lines += [f"  {'':<12}   not {name}: {reason}" for name, reason in selection["cannot"].items()]
+            lines.append(f"  {op:<13} on {device}: {selection['takes']}")
+            lines += [f"  {'':<13}   not {name}: {reason}" for name, reason in selection["cannot"].items()]
     return "\n".join(lines)
 
 
