@@ -11,7 +11,6 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SOURCES = ["tests/cpp/lsap_test.cpp", "csrc/cpu/assignment.cpp", "csrc/cpu/thread_pool.cpp"]
 SANITIZERS = {
-    "none": ["-O3"],
     "address and undefined": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-O1", "-g", "-fsanitize=thread"],
 }
