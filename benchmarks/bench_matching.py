@@ -1,8 +1,12 @@
-"""Matching queries to targets for all decoder layers of a batch: HungarianMatcher against the original way."""
+"""Matching queries to targets for all decoder layers of a batch, against the original way.
+
+``detr_fast`` is HungarianMatcher as it takes the original's place, one layer at a time; ``match_layers`` is its way in
+for all layers at once; the other two are the op alone, by backend.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -12,28 +16,63 @@ from benchmarks import original
 from benchmarks.harness import Contest, Contestant
 from benchmarks.shapes import MATCHING_SHAPES, Shape
 from detr_fast import HungarianMatcher
+from detr_fast.matcher import matched_pairs
+from detr_fast.ops import CostWeights, PackedTargets, matching
 
 Race = Callable[[str, str, Callable[[], Contest]], None]
+WEIGHTS = CostWeights(cost_class=1, cost_bbox=5, cost_giou=2)
+BACKENDS = ("reference", "native")
 
 
-@pytest.mark.parametrize("contestant", ["original", "detr_fast"])
+@pytest.mark.parametrize("contestant", ["original", "detr_fast", "match_layers", *BACKENDS])
 @pytest.mark.parametrize("shape", MATCHING_SHAPES, ids=lambda shape: shape.name)
 def test_matching(race: Race, shape: Shape, contestant: str) -> None:
+    reason = why_not(contestant) if contestant in BACKENDS else None
+    if reason is not None:
+        pytest.skip(reason)
     race(f"matching {shape.name}", contestant, lambda: contest(shape))
 
 
+def why_not(backend: str) -> str | None:
+    """The reason why a backend cannot run here, or None."""
+    targets = PackedTargets(torch.zeros(1, dtype=torch.int64), torch.rand(1, 4), [1])
+    try:
+        matching([torch.rand(1, 1, 1)], [torch.rand(1, 1, 4)], targets, backend=backend)
+    except NotImplementedError as error:
+        return str(error)
+    return None
+
+
 def contest(shape: Shape) -> Contest:
-    """The original way and ours on the same predictions, all layers of them."""
+    """All contestants on the same predictions, all layers of them."""
     layers, targets = inputs(shape)
-    matcher = HungarianMatcher(cost_class=1, cost_bbox=5, cost_giou=2)
+    matcher = HungarianMatcher(*WEIGHTS[:3])
+    logits, boxes = [x["pred_logits"] for x in layers], [x["pred_boxes"] for x in layers]
+
+    def op(backend: str) -> Contestant:
+        return Contestant(
+            backend,
+            lambda: matching(logits, boxes, PackedTargets.pack(targets), WEIGHTS, backend=backend).query_of_target,
+        )
+
     expected = total_costs(original.match_layers(layers, targets), layers, targets)
     return Contest(
         [
             Contestant("original", lambda: original.match_layers(layers, targets)),
             Contestant("detr_fast", lambda: [matcher(outputs, targets) for outputs in layers]),
+            Contestant("match_layers", lambda: matcher.match_layers(layers, targets)),
+            *(op(backend) for backend in BACKENDS if why_not(backend) is None),
         ],
-        lambda matches: check_matches(matches, layers, targets, expected),
+        lambda found: check_matches(as_pairs(found, targets), layers, targets, expected),
     )
+
+
+def as_pairs(found: Tensor | list[original.Matches], targets: Sequence[dict[str, Tensor]]) -> list[original.Matches]:
+    """Results as the original gives them; those of the op are [L, N], the query of each target of the batch."""
+    if not isinstance(found, Tensor):
+        return found
+    counts = [len(target["labels"]) for target in targets]
+    return [[matched_pairs(image) for image in layer.split(counts)] for layer in found]
 
 
 def inputs(shape: Shape) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:

@@ -139,7 +139,7 @@ def test_the_benchmark_option_runs_them_and_writes_both_files(tmp_path):
     assert "commit: " in run.stdout
     written = json.loads(results.read_text())
     ours = {entry["contestant"]: entry for entry in written["contests"]["matching coco-2"]}
-    assert {"original", "detr_fast"} <= set(ours)
+    assert {"original", "detr_fast", "match_layers", "reference"} <= set(ours)
     assert {"cpu", "versions", "commit", "command"} <= set(written)
     for entry in json.loads(theirs.read_text())["benchmarks"]:
         same = ours[entry["params"]["contestant"]]
