@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from detr_fast.config import OptimConfig
 from detr_fast.data.batch import Target
-from detr_fast.distributed import is_distributed, mean_over_processes, world_size
+from detr_fast.distributed import all_gather_objects, is_distributed, mean_over_processes, world_size
 from detr_fast.finite import Batch, FiniteGuard, image_ids
 from detr_fast.targets import check_targets
 from detr_fast.train_state import TrainState
@@ -135,10 +135,10 @@ def fit(
     Raises:
         Interrupted: ``hooks.should_stop`` asked for it.
         NonFiniteLossError: a loss or gradient is NaN or infinite; that update has not touched the weights.
-        ValueError: a target cannot be trained on; the message names its image.
+        ValueError: a target cannot be trained on, and the message names its image; or ``train_loader`` is empty, or not
+            as long on every process.
     """
-    if len(train_loader) == 0:
-        raise ValueError("train_loader has no batch: are there fewer images than the batch size times the processes?")
+    _check_batches(all_gather_objects(len(train_loader)))
     loop = _Loop(criterion, train_loader, options, state or TrainState.start(model, options), hooks or FitHooks())
     for epoch in range(loop.state.epoch + 1, options.epochs):
         report = loop.run_epoch(epoch)
@@ -150,6 +150,13 @@ def fit(
         if loop.time_is_over():
             break
     return loop.state
+
+
+def _check_batches(counts: Sequence[int]) -> None:
+    if min(counts) == 0:
+        raise ValueError("train_loader has no batch: are there fewer images than the batch size times the processes?")
+    if min(counts) != max(counts):
+        raise ValueError(f"train_loader must have the same number of batches on every process, got {list(counts)}")
 
 
 @dataclass

@@ -1,0 +1,163 @@
+"""Data-parallel training on two gloo processes of one machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed_worker import Case, gradients, not_finite, refused, resumed, run_cases, stopped, trained
+from small import small_detr
+from torch import Tensor
+from training_data import samples
+
+from detr_fast.checkpoint import load_checkpoint
+
+pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo")
+
+
+def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert max(value.abs().max() for value in expected.values()) > 1e-3
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-7, atol=1e-10, msg=lambda text, n=name: f"{n}: {text}")
+
+
+# Objects per image, two images a process. Cross-entropy is normalised per process, so its gradient is that of the
+# joined batch only where the processes have as many targets; num_boxes is averaged over them, so the box losses' is.
+EQUAL_COUNTS = {"equal": [3, 1, 2, 2], "no targets at all": [0, 0, 0, 0]}
+ANY_COUNTS = {"unequal": [3, 1, 0, 1], "no targets on one process": [0, 0, 2, 1], "one target": [1, 0, 0, 0]}
+
+
+@pytest.fixture(scope="module")
+def cases() -> dict[str, Case]:
+    print("seed", torch.seed())
+    found = {}
+    for name, counts in {**EQUAL_COUNTS, **ANY_COUNTS}.items():
+        data = samples(counts)
+        settings = {"weights": small_detr().state_dict(), "ce": 1.0 if name in EQUAL_COUNTS else 0.0}
+        found[name] = Case(gradients, [data[:2], data[2:]], settings)
+    data = samples([2] * 4)
+    accumulating = {"weights": small_detr().state_dict(), "ce": 1.0, "accumulate": 2}
+    found["accumulating"] = Case(gradients, [data[:2], data[2:]], accumulating)
+    data = samples([1, 0, 0, 0, 0, 0, 4, 2])
+    found["trained"] = Case(trained, [data[:4], data[4:]], {"epochs": 3})
+    found["resumed"] = Case(resumed, [data[:4], data[4:]])
+    data = samples([1] * 16)
+    found["refused"] = Case(refused, [data[:4], data[4:]])
+    found["not finite"] = Case(not_finite, [data[:4], data[4:8]], {"bad": 107})
+    found["stopped"] = Case(stopped, [data[:8], data[8:]], {"stopping": 1})
+    return found
+
+
+@pytest.fixture(scope="module")
+def results(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_cases(tmp_path_factory.mktemp("processes"), cases)
+
+
+def joined(case: Case) -> dict[str, Tensor]:
+    """The gradient of one process with all processes' samples as one batch."""
+    return gradients(case.shares[0] + case.shares[1], weights=case.settings["weights"], ce=case.settings["ce"])
+
+
+@pytest.mark.parametrize("name", [*EQUAL_COUNTS, "unequal", "no targets on one process", "accumulating"])
+def test_gradients_are_those_of_the_joined_batch(name: str, cases: dict[str, Case], results: list[Any]) -> None:
+    expected = joined(cases[name])
+    for found in results:
+        assert_same_gradients(found[name], expected)
+
+
+def test_fewer_targets_than_processes(cases: dict[str, Case], results: list[Any]) -> None:
+    """``num_boxes`` is at least 1 on every process, as in the original: one target on two processes counts half."""
+    expected = joined(cases["one target"])
+    for found in results:
+        assert_same_gradients({name: 2 * value for name, value in found["one target"].items()}, expected)
+
+
+def test_processes_stay_together(results: list[Any]) -> None:
+    one, other = (found["trained"] for found in results)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_resuming_is_as_if_never_stopped(results: list[Any]) -> None:
+    """Each process has its own random numbers back."""
+    for straight, again in (found["resumed"] for found in results):
+        assert all(torch.equal(straight[name], again[name]) for name in straight)
+
+
+def test_a_loss_that_is_not_finite_on_one_process_stops_both(results: list[Any]) -> None:
+    (message, step, weights), (other_message, other_step, other_weights) = (found["not finite"] for found in results)
+    assert "loss_ce not finite in epoch 0, update 1; image ids of the batch: [106, 107]" in message
+    assert (message, step) == (other_message, other_step)
+    assert step == 1
+    assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
+
+
+def test_a_signal_to_one_process_stops_both_together(results: list[Any]) -> None:
+    assert [found["stopped"] for found in results] == [(15, 3), (15, 3)]
+
+
+def test_unequal_numbers_of_batches_are_refused(results: list[Any]) -> None:
+    """They would wait for each other for ever."""
+    for found in results:
+        assert "same number of batches on every process, got [2, 6]" in found["refused"]
+
+
+def some_of(annotations: Path, count: int, target: Path) -> Path:
+    contents = json.loads(annotations.read_text())
+    contents["images"] = contents["images"][:count]
+    ids = {image["id"] for image in contents["images"]}
+    contents["annotations"] = [entry for entry in contents["annotations"] if entry["image_id"] in ids]
+    target.write_text(json.dumps(contents))
+    return target
+
+
+def torchrun(arguments: list[str], tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    command += ["-m", "detr_fast", *arguments]
+    return subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+SMALL = {
+    "backbone": "tiny",
+    "hidden-dim": 16,
+    "nheads": 2,
+    "enc-layers": 1,
+    "dec-layers": 2,
+    "dim-feedforward": 16,
+    "num-queries": 20,
+    "scales": "64,96",
+    "max-size": 128,
+    "batch-size": 2,
+    "num-workers": 0,
+    "device": "cpu",
+}
+
+
+def test_torchrun_trains_on_real_images(shared_data: Path, tmp_path: Path) -> None:
+    coco = shared_data / "coco200"
+    arguments = ["train", "--output", str(tmp_path / "out")]
+    arguments += [text for name, value in SMALL.items() for text in (f"--{name}", str(value))]
+    for split, count in (("train", 9), ("val", 5)):
+        source = coco / "annotations" / f"instances_{split}2017.json"
+        arguments += [f"--{split}-annotations", str(some_of(source, count, tmp_path / f"{split}.json"))]
+        arguments += [f"--{split}-images", str(coco / "images" / f"{split}2017")]
+
+    ended = torchrun([*arguments, "--epochs", "2"], tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [0, 1]
+    assert len(lines[1]["coco_bbox"]) == 12
+    assert ended.stdout.count("epoch 1/2") == 1  # the other process is silent
+    checkpoint = load_checkpoint(tmp_path / "out" / "checkpoint.pth")
+    assert len(checkpoint["random_state"]) == 2
+    assert checkpoint["step"] == 2 * 2  # 9 images, 10 with the sampler's repetition: 5 a process, 2 whole batches
