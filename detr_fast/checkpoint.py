@@ -233,21 +233,22 @@ def _check_same_shapes(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -
 
 
 def random_state() -> dict[str, Any]:
-    """The state of torch's, NumPy's and Python's generators and of every CUDA device, in types that load safely."""
+    """The state of torch's, NumPy's, Python's and the current CUDA device's generators, in types that load safely."""
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),
         "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached),
         "python": random.getstate(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        # The current device's alone: asking the others would open a context on each, for every process.
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Put back what ``random_state`` returned; CUDA states of devices that are not here are left out."""
+    """Put back what ``random_state`` returned; a CUDA state is left out where there is no GPU."""
     name, keys, position, has_gauss, cached = state["numpy"]
     torch.set_rng_state(state["torch"])
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     random.setstate(state["python"])
-    for device, cuda_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(cuda_state, device)
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

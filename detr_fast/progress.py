@@ -14,8 +14,8 @@ from detr_fast.fit import EpochReport, StepReport
 
 
 def peak_memory() -> int:
-    """The most memory in bytes so far: of the GPU where there is one, else of this process; 0 where it is not known."""
-    if torch.cuda.is_available():
+    """The most memory in bytes so far: of the GPU where it is used, else of this process; 0 where it is not known."""
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     if sys.platform == "win32":
         return 0
