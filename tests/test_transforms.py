@@ -239,6 +239,16 @@ def test_seed_repeats_the_augmentation() -> None:
     assert len({tuple(image.shape) for image, _ in first}) > 1
 
 
+def test_evaluation_leaves_the_random_state_alone() -> None:
+    picture, target = noise(90, 70), boxed_target(90, 70, [[10, 10, 60, 60]])
+    before = random.getstate(), torch.get_rng_state()
+    eval_transforms(32)(picture, target)
+    assert random.getstate() == before[0]
+    assert torch.get_rng_state().equal(before[1])
+    RandomResize((32, 48))(picture, target)
+    assert random.getstate() != before[0]
+
+
 def test_paper_settings() -> None:
     augment = train_transforms()
     assert augment.transforms[1].first == RandomResize((480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800), 1333)

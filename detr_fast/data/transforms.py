@@ -1,8 +1,8 @@
 """The paper's augmentation (section A.4): the picture and everything about its objects change together.
 
 A transform takes and returns (picture, target); the target's tensors that have one row an object stay aligned.
-Random numbers come from python's ``random`` and from torch, drawn in the order of the original, so a seed gives the
-same augmentation; worker processes need ``detr_fast.data.coco.seed_worker``.
+Random numbers come from python's ``random`` and from torch, drawn in the order of the original where there is a
+choice, so a seed gives the same augmentation; worker processes need ``detr_fast.data.coco.seed_worker``.
 """
 
 from __future__ import annotations
@@ -157,7 +157,10 @@ class RandomHorizontalFlip:
 
 @dataclass(frozen=True)
 class RandomResize:
-    """Scale the shortest side to one of ``sizes`` pixels, the longest to at most ``max_size``."""
+    """Scale the shortest side to one of ``sizes`` pixels, the longest to at most ``max_size``.
+
+    With a single size no random number is drawn, so that evaluation leaves the random state alone.
+    """
 
     sizes: tuple[int, ...]
     max_size: int | None = None
@@ -167,7 +170,8 @@ class RandomResize:
             raise ValueError(f"sizes must be positive lengths in pixels, at least one, got {self.sizes}")
 
     def __call__(self, image: Image.Image, target: Target) -> tuple[Image.Image, Target]:
-        return resize(image, target, random.choice(self.sizes), self.max_size)
+        size = random.choice(self.sizes) if len(self.sizes) > 1 else self.sizes[0]
+        return resize(image, target, size, self.max_size)
 
 
 @dataclass(frozen=True)
