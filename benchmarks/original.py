@@ -20,9 +20,17 @@ def match_layers(layers: Sequence[dict[str, Tensor]], targets: Sequence[dict[str
 
 
 def match(outputs: dict[str, Tensor], targets: Sequence[dict[str, Tensor]]) -> Matches:
-    """All queries of the batch against all targets of the batch, one copy to the host, one SciPy call an image.
+    """The costs of a layer, one copy to the host, one SciPy call an image."""
+    cost = all_pairs_cost(outputs, targets).cpu()
+    blocks = cost.split([len(target["boxes"]) for target in targets], -1)
+    solved = [linear_sum_assignment(block[image]) for image, block in enumerate(blocks)]
+    return [(torch.as_tensor(queries), torch.as_tensor(chosen)) for queries, chosen in solved]
 
-    Only the blocks of queries and targets of the same image are used, so of B images' costs a share of 1 / B is needed.
+
+def all_pairs_cost(outputs: dict[str, Tensor], targets: Sequence[dict[str, Tensor]]) -> Tensor:
+    """[B, Q, N]: all queries of the batch against all targets of the batch.
+
+    Only queries and targets of the same image can match, so of B images' costs a share of 1 / B is needed.
     """
     batch, num_queries = outputs["pred_logits"].shape[:2]
     probabilities = outputs["pred_logits"].flatten(0, 1).softmax(-1)  # [B * Q, C + 1]
@@ -33,12 +41,7 @@ def match(outputs: dict[str, Tensor], targets: Sequence[dict[str, Tensor]]) -> M
     cost_class = -probabilities[:, labels]
     cost_bbox = torch.cdist(boxes, target_boxes, p=1)
     cost_giou = -giou_of_all_pairs(corners(boxes), corners(target_boxes))
-    cost = 5 * cost_bbox + cost_class + 2 * cost_giou  # [B * Q, N]
-    cost = cost.view(batch, num_queries, -1).cpu()
-
-    blocks = cost.split([len(target["boxes"]) for target in targets], -1)
-    solved = [linear_sum_assignment(block[image]) for image, block in enumerate(blocks)]
-    return [(torch.as_tensor(queries), torch.as_tensor(chosen)) for queries, chosen in solved]
+    return (5 * cost_bbox + cost_class + 2 * cost_giou).view(batch, num_queries, -1)
 
 
 def corners(boxes: Tensor) -> Tensor:
