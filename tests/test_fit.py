@@ -113,11 +113,6 @@ def test_reports() -> None:
     )
     expected = [(0, 2, 3, 4), (0, 3, 3, 6), (1, 2, 3, 4), (1, 3, 3, 6)]
     assert [(s.epoch, s.step, s.steps, s.images) for s in steps] == expected
-        (0, 2, 3, 4),
-        (0, 3, 3, 6),
-        (1, 2, 3, 4),
-        (1, 3, 3, 6),
-    ]
     with torch.no_grad():
         batches = [criterion(model(collate(data[i : i + 2])[0]), collate(data[i : i + 2])[1]) for i in (0, 2, 4)]
     totals = [float(weighted(criterion, losses)) for losses in batches]
