@@ -133,8 +133,10 @@ def run_demo(
         demo.make_data(val_images)
         try:
             demo.train(60 * minutes, max_steps)
-        finally:
+        except Interrupted:
             demo.draw()
+            raise
+        demo.draw()
     return demo.result()
 
 
@@ -176,6 +178,7 @@ class _Demo:
         self.folder, self.seed, self.device = folder, seed, device
         self.started, self.display = started, display
         self.stats: dict[str, float] = {}
+        self.evaluated_step = 0
         self.history: list[tuple[float, float, float]] = []
         self.signals = StopSignals()
         torch.manual_seed(seed)
@@ -192,7 +195,6 @@ class _Demo:
         dataset = CocoDetection(*self.val_files, eval_transforms(SIZE, SIZE))
         # Decoded once: reading the files for every evaluation would take as long as the model does.
         self.val_batches = list(DataLoader(dataset, BATCH_SIZE, collate_fn=collate))
-        self.evaluation_truth = json.loads(self.val_files[1].read_text(encoding="utf-8"))
 
     @property
     def val_files(self) -> tuple[Path, Path]:
@@ -246,8 +248,8 @@ class _Demo:
 
     def result(self) -> DemoResult:
         """What it came to."""
-        images = self.state.step * BATCH_SIZE
-        return DemoResult(self.folder, self.stats, self.state.step, images, self._seconds(), self.history)
+        steps = self.state.step
+        return DemoResult(self.folder, self.stats, steps, steps * BATCH_SIZE, self._seconds(), self.history)
 
     def _seconds(self) -> float:
         return time.monotonic() - self.started
@@ -265,11 +267,11 @@ class _Demo:
                 state.model,
                 self.val_batches,
                 postprocess=PostProcess(),
-                evaluator=CocoEvaluator(self.evaluation_truth),
+                evaluator=CocoEvaluator(self.val_files[1]),
                 device=self.device,
                 criterion=self.criterion,
             )
-        self.stats = dict(result.stats)
+        self.stats, self.evaluated_step = dict(result.stats), state.step
         self.history.append((self._seconds(), self.stats["AP"], self.stats["AP50"]))
         self._log(report, losses)
         self.display.note(
@@ -307,7 +309,7 @@ class _Demo:
         score = f"AP {self.stats['AP']:.3f}  AP50 {self.stats['AP50']:.3f} on " if self.stats else "not evaluated: "
         return (
             f"{score}{sum(len(targets) for _, targets in self.val_batches)} scenes of unseen digits, "
-            f"after {self.state.step} updates\n"
+            f"after {self.evaluated_step} updates\n"
             f"pictures: {self.folder / 'predictions.png'} and {self.folder / 'predictions'}\n"
             f"go on with: detr-fast predict {images} --checkpoint {self.folder / CHECKPOINT}\n"
             f"            detr-fast eval --checkpoint {self.folder / CHECKPOINT} --images {images} "
@@ -318,10 +320,9 @@ class _Demo:
 def _check(minutes: float, max_steps: int | None, val_images: int) -> None:
     if not minutes > 0 or not math.isfinite(minutes):
         raise ValueError(f"minutes must be positive, got {minutes}")
-    if max_steps is not None and max_steps < 1:
-        raise ValueError(f"max_steps must be at least 1, got {max_steps}")
-    if val_images < 1:
-        raise ValueError(f"val_images must be at least 1, got {val_images}")
+    for name, value in (("max_steps", max_steps), ("val_images", val_images)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def _prepare(folder: Path) -> Path:

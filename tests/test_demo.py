@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 
 from detr_fast import demo
 from detr_fast.build import model_from_checkpoint
+from detr_fast.data import digits
 from detr_fast.data.check import check_dataset
 from detr_fast.data.coco import CocoDetection
 from detr_fast.data.digits import CATEGORIES, DigitScenes, FreshScenes, Scene, run_lengths, write_coco
@@ -122,6 +124,13 @@ def test_run_lengths_go_down_the_columns(mask: list[list[int]], counts: list[int
 def test_bad_data_options_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DigitScenes(**{"split": "val", "length": 3} | arguments)
+
+
+def test_without_scikit_learn_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    digits._digits.cache_clear()
+    with pytest.raises(ModuleNotFoundError, match="pip install scikit-learn"):
+        DigitScenes("val", 3)
 
 
 def test_an_item_beyond_the_end_is_an_index_error() -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -229,9 +230,7 @@ def _annotations(scene: Scene, image_id: int, *, first_id: int) -> list[dict[str
 @cache
 def _digits(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The split's digits: ink in [0, 1] with an empty rim, [N, 10, 10]; value 0..9, [N]; number, [N]."""
-    from sklearn.datasets import load_digits  # takes a second to import
-
-    digits = load_digits()
+    digits = _sklearn_datasets().load_digits()
     numbers = np.arange(len(digits.target))
     numbers = numbers[(numbers % _VAL_EVERY == 0) == (split == "val")]
     glyphs = np.pad(digits.images[numbers].astype(np.float32) / 16, ((0, 0), (1, 1), (1, 1)))
@@ -241,10 +240,8 @@ def _digits(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 @cache
 def _photos(split: str) -> list[np.ndarray]:
     """The split's side of both photographs at a few scales, each [H, W, 3] float32 in 0..255, at least 192 px."""
-    from sklearn.datasets import load_sample_images
-
     photos = []
-    for photo in load_sample_images().images:
+    for photo in _sklearn_datasets().load_sample_images().images:
         cut = int(photo.shape[1] * _TRAIN_WIDTH)
         side = Image.fromarray(photo[:, cut:] if split == "val" else photo[:, :cut])
         for scale in _PHOTO_SCALES:
@@ -252,6 +249,16 @@ def _photos(split: str) -> list[np.ndarray]:
             small = side.resize((round(side.width * scale), round(side.height * scale)), Image.Resampling.LANCZOS)
             photos.append(np.asarray(small, dtype=np.float32))
     return photos
+
+
+def _sklearn_datasets() -> ModuleType:
+    try:
+        from sklearn import datasets  # takes a second to import
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            "the digits and photographs are scikit-learn's, which is not installed: pip install scikit-learn"
+        ) from error
+    return datasets
 
 
 def _render_ink(glyph: np.ndarray, height: int, rng: np.random.Generator) -> np.ndarray:
