@@ -24,7 +24,7 @@ struct ImageLayer {
 };
 
 // Elements of scratch that fill_cost_tile needs.
-int64_t cost_tile_scratch(int64_t queries);
+int64_t cost_tile_scratch(int64_t queries, int64_t targets);
 
 // Writes tile [T, Q]; labels must be in range. Returns how many costs were not numbers below 1e30 in magnitude: each
 // stands as one and the same cost, so high that the solver takes such a pair only where it can take no other.

@@ -35,7 +35,7 @@ int64_t match(const ImageLayer<Real>& image, const detr_fast_cost_weights& weigh
     const int64_t rows = std::min(targets, queries);
     const int64_t columns = std::max(targets, queries);
     const size_t state = aligned(Assignment::bytes(rows, columns));
-    const size_t scratch = aligned(static_cast<size_t>(cost_tile_scratch(queries)) * sizeof(Real));
+    const size_t scratch = aligned(static_cast<size_t>(cost_tile_scratch(queries, targets)) * sizeof(Real));
     const size_t tile_bytes = aligned(static_cast<size_t>(targets * queries) * sizeof(Real));
     unsigned char* at = memory.reserve(state + scratch + tile_bytes * (rows_are_targets ? 1 : 2));
     auto* tile = reinterpret_cast<Real*>(at + state + scratch);

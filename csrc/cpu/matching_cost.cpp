@@ -2,11 +2,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
+#include <limits>
 #include <type_traits>
 
 #include "../core/box.h"
 #include "cost_tile.h"
+#include "floats.h"
 #include "image_layers.h"
 #include "solver.h"
 
@@ -15,58 +16,41 @@ namespace {
 
 constexpr double largest_cost = 1e30;
 
-// e^x for x <= 0 to 2 units in the last place, and NaN for NaN, in operations that every vector unit has (libm's is a
-// call). x = n ln 2 + r with |r| <= ln 2 / 2; e^r by its Taylor polynomial, whose next term is below 2^-27.
-inline float exp_of_nonpositive(float x) {
-    constexpr float round_to_integer = 12582912.0f;  // 1.5 * 2^23: adding it leaves no bits for a fraction
-    x = x < -87.0f ? -87.0f : x;                     // e^-87 is still a normal number
-    const float n = (x * 1.44269504089f + round_to_integer) - round_to_integer;
-    const float r = (x - n * 0.693145751953125f) - n * 1.42860682030941723e-6f;
-    float p = 1.0f / 5040.0f;
-    p = p * r + 1.0f / 720.0f;
-    p = p * r + 1.0f / 120.0f;
-    p = p * r + 1.0f / 24.0f;
-    p = p * r + 1.0f / 6.0f;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    const int32_t exponent = (static_cast<int32_t>(n == n ? n : 0.0f) + 127) << 23;
-    float scale;
-    std::memcpy(&scale, &exponent, sizeof(scale));
-    return p * scale;
-}
-
-inline double exp_of_nonpositive(double x) {
-    return std::exp(x);
-}
-
 template <typename Real>
 struct TileScratch {  // arrays of one number for each query
     Real *cx, *cy, *w, *h;
-    Real* highest;  // logit
-    Real* scale;    // 1 / sum of e^(logit - highest)
-    Real* class_cost;
+    Real *x0, *y0, *x1, *y1;
+    Real* area;
+    Real* highest;     // logit
+    Real* scale;       // 1 / sum of e^(logit - highest)
+    Real* class_cost;  // [T, Q]; a row for each label, at the first target that has it
 
-    static constexpr int64_t arrays = 7;
+    static constexpr int64_t arrays = 11;
 
-    TileScratch(Real* memory, int64_t queries)
-        : cx(memory),
-          cy(cx + queries),
-          w(cy + queries),
-          h(w + queries),
-          highest(h + queries),
-          scale(highest + queries),
-          class_cost(scale + queries) {}
+    TileScratch(Real* memory, int64_t queries) {
+        Real** const all[arrays] = {&cx, &cy, &w, &h, &x0, &y0, &x1, &y1, &area, &highest, &scale};
+        for (Real** array : all) {
+            *array = memory;
+            memory += queries;
+        }
+        class_cost = memory;
+    }
 };
 
 template <typename Real>
 void split_boxes(const ImageLayer<Real>& image, const TileScratch<Real>& s) {
     for (int64_t q = 0; q < image.queries; ++q) {
-        const Real* box = image.boxes + q * image.box_stride;
-        s.cx[q] = box[0];
-        s.cy[q] = box[1];
-        s.w[q] = box[2];
-        s.h[q] = box[3];
+        const Real* coordinates = image.boxes + q * image.box_stride;
+        const auto box = Box<Real>::of(coordinates[0], coordinates[1], coordinates[2], coordinates[3]);
+        s.cx[q] = box.cx;
+        s.cy[q] = box.cy;
+        s.w[q] = box.w;
+        s.h[q] = box.h;
+        s.x0[q] = box.x0;
+        s.y0[q] = box.y0;
+        s.x1[q] = box.x1;
+        s.y1[q] = box.y1;
+        s.area[q] = box.area;
     }
 }
 
@@ -75,30 +59,52 @@ void softmax_statistics(const ImageLayer<Real>& image, const TileScratch<Real>& 
     for (int64_t q = 0; q < image.queries; ++q) {
         const Real* __restrict__ logits = image.logits + q * image.logit_stride;
         Real highest = logits[0];
-        DETR_FAST_SIMD_MAX(highest)
-        for (int64_t c = 0; c < image.classes; ++c) highest = logits[c] > highest ? logits[c] : highest;
+        for (int64_t c = 1; c < image.classes; ++c) highest = logits[c] > highest ? logits[c] : highest;
         Real sum = 0;
-        DETR_FAST_PRAGMA(omp simd reduction(+ : sum))
         for (int64_t c = 0; c < image.classes; ++c) sum += exp_of_nonpositive(logits[c] - highest);
         s.highest[q] = highest;
         s.scale[q] = Real(1) / sum;
     }
 }
 
+#if defined(DETR_FAST_HAS_FLOATS)
+// The same with sixteen partial maxima and sums. What is left of a row is filled up with -inf, which adds e^-87.
+inline void softmax_statistics(const ImageLayer<float>& image, const TileScratch<float>& s) {
+    constexpr Higher higher;
+    constexpr Add add;
+    const int64_t whole = image.classes / num_floats * num_floats;
+    const int64_t rest = image.classes - whole;
+    float filled[num_floats];
+    std::fill_n(filled, num_floats, -std::numeric_limits<float>::infinity());
+    for (int64_t q = 0; q < image.queries; ++q) {
+        const float* logits = image.logits + q * image.logit_stride;
+        std::copy_n(logits + whole, rest, filled);
+        const Floats last = load(filled);
+        Floats highest = last;
+        for (int64_t c = 0; c < whole; c += num_floats) highest = higher(load(logits + c), highest);
+        s.highest[q] = reduce(highest, higher);
+        Floats sum = exp_of_nonpositive(last - s.highest[q]);
+        for (int64_t c = 0; c < whole; c += num_floats) sum += exp_of_nonpositive(load(logits + c) - s.highest[q]);
+        s.scale[q] = 1.0f / reduce(sum, add);
+    }
+}
+#endif
+
 // -p(class) of every query.
 template <typename Real>
-void softmax_cost(const ImageLayer<Real>& image, int64_t label, const TileScratch<Real>& s) {
+void softmax_cost(const ImageLayer<Real>& image, int64_t label, const TileScratch<Real>& s,
+                  Real* __restrict__ class_cost) {
     const Real* __restrict__ logits = image.logits + label;
     DETR_FAST_PRAGMA(omp simd)
     for (int64_t q = 0; q < image.queries; ++q) {
-        s.class_cost[q] = -exp_of_nonpositive(logits[q * image.logit_stride] - s.highest[q]) * s.scale[q];
+        class_cost[q] = -exp_of_nonpositive(logits[q * image.logit_stride] - s.highest[q]) * s.scale[q];
     }
 }
 
 // Deformable DETR's: focal loss of the class being there, less that of it not being there.
 template <typename Real>
 void focal_cost(const ImageLayer<Real>& image, int64_t label, const detr_fast_cost_weights& weights,
-                const TileScratch<Real>& s) {
+                Real* __restrict__ class_cost) {
     const Real alpha = static_cast<Real>(weights.alpha);
     const Real gamma = static_cast<Real>(weights.gamma);
     const Real epsilon = static_cast<Real>(1e-8);
@@ -106,23 +112,38 @@ void focal_cost(const ImageLayer<Real>& image, int64_t label, const detr_fast_co
         const Real p = Real(1) / (Real(1) + std::exp(-image.logits[q * image.logit_stride + label]));
         const Real there = alpha * std::pow(Real(1) - p, gamma) * -std::log(p + epsilon);
         const Real absent = (Real(1) - alpha) * std::pow(p, gamma) * -std::log(Real(1) - p + epsilon);
-        s.class_cost[q] = there - absent;
+        class_cost[q] = there - absent;
     }
+}
+
+// The class costs of target t, computed once for all targets of one label: images of many objects have few classes.
+template <typename Real>
+const Real* class_costs(const ImageLayer<Real>& image, int64_t t, const detr_fast_cost_weights& weights,
+                        const TileScratch<Real>& s) {
+    const int64_t first = std::find(image.labels, image.labels + t, image.labels[t]) - image.labels;
+    Real* row = s.class_cost + first * image.queries;
+    if (first < t) return row;
+    if (weights.focal) {
+        focal_cost(image, image.labels[t], weights, row);
+    } else {
+        softmax_cost(image, image.labels[t], s, row);
+    }
+    return row;
 }
 
 template <typename Real>
 int32_t fill_row(const ImageLayer<Real>& image, int64_t t, const detr_fast_cost_weights& weights,
                  const TileScratch<Real>& s, Real* __restrict__ row) {
-    const Real* box = image.target_boxes + 4 * t;
-    const auto target = Box<Real>::of(box[0], box[1], box[2], box[3]);
+    const Real* coordinates = image.target_boxes + 4 * t;
+    const auto target = Box<Real>::of(coordinates[0], coordinates[1], coordinates[2], coordinates[3]);
     const Real cost_class = static_cast<Real>(weights.cost_class);
     const Real cost_bbox = static_cast<Real>(weights.cost_bbox);
     const Real cost_giou = static_cast<Real>(weights.cost_giou);
+    const Real* __restrict__ class_cost = class_costs(image, t, weights, s);
     DETR_FAST_PRAGMA(omp simd)
     for (int64_t q = 0; q < image.queries; ++q) {
-        const auto query = Box<Real>::of(s.cx[q], s.cy[q], s.w[q], s.h[q]);
-        row[q] =
-            cost_bbox * l1_distance(query, target) + cost_class * s.class_cost[q] - cost_giou * giou(query, target);
+        const Box<Real> query{s.cx[q], s.cy[q], s.w[q], s.h[q], s.x0[q], s.y0[q], s.x1[q], s.y1[q], s.area[q]};
+        row[q] = cost_bbox * l1_distance(query, target) + cost_class * class_cost[q] - cost_giou * giou(query, target);
     }
     if (image.extra != nullptr) {
         const Real* __restrict__ extra = image.extra + t * image.queries;
@@ -160,22 +181,15 @@ int64_t fill(const ImageLayer<Real>& image, const detr_fast_cost_weights& weight
     split_boxes(image, s);
     if (!weights.focal) softmax_statistics(image, s);
     int64_t unusable = 0;
-    for (int64_t t = 0; t < image.targets; ++t) {
-        if (weights.focal) {
-            focal_cost(image, image.labels[t], weights, s);
-        } else {
-            softmax_cost(image, image.labels[t], s);
-        }
-        unusable += fill_row(image, t, weights, s, tile + t * image.queries);
-    }
+    for (int64_t t = 0; t < image.targets; ++t) unusable += fill_row(image, t, weights, s, tile + t * image.queries);
     if (unusable > 0) replace_unusable(tile, image.targets, image.queries);
     return unusable;
 }
 
 }  // namespace
 
-int64_t cost_tile_scratch(int64_t queries) {
-    return TileScratch<float>::arrays * queries;
+int64_t cost_tile_scratch(int64_t queries, int64_t targets) {
+    return (TileScratch<float>::arrays + targets) * queries;
 }
 
 DETR_FAST_CLONES int64_t fill_cost_tile(const ImageLayer<float>& image, const detr_fast_cost_weights& weights,
@@ -195,7 +209,8 @@ void detr_fast_matching_cost_cpu(const detr_fast_matching_inputs* inputs, const 
     detr_fast::for_each_image_layer(*inputs, threads, [&](const auto& image, int64_t problem, int64_t first_row) {
         using Real = std::decay_t<decltype(*image.logits)>;
         static thread_local detr_fast::Scratch memory;
-        const auto bytes = static_cast<size_t>(detr_fast::cost_tile_scratch(image.queries)) * sizeof(Real);
+        const auto bytes =
+            static_cast<size_t>(detr_fast::cost_tile_scratch(image.queries, image.targets)) * sizeof(Real);
         auto* scratch = reinterpret_cast<Real*>(memory.reserve(bytes));
         Real* tile = static_cast<Real*>(cost) + first_row * image.queries;
         nonfinite[problem] = detr_fast::fill_cost_tile(image, *weights, tile, scratch);
