@@ -17,6 +17,7 @@ from detr_fast.data.batch import collate
 from detr_fast.ema import ModelEma
 from detr_fast.finite import FiniteGuard, NonFiniteLossError
 from detr_fast.fit import EpochReport, FitHooks, Interrupted, StepReport, fit
+from detr_fast.matcher import HungarianMatcher
 from detr_fast.train_state import TrainState, build_optimizer
 
 
@@ -271,12 +272,15 @@ def test_a_gradient_that_is_not_finite() -> None:
     assert equal(weights(model), before)
 
 
-def test_outputs_that_the_matcher_refuses() -> None:
-    model = small_detr()
+@pytest.mark.parametrize(("strict", "terms"), [(False, "loss_ce, "), (True, "pred_logits and pred_boxes ")])
+def test_outputs_that_are_not_finite(strict: bool, terms: str) -> None:
+    """Whether the matcher goes on with such costs or refuses them, the images are named."""
+    model, criterion = small_detr(), small_criterion()
+    criterion.matcher = HungarianMatcher(1, 5, 2, strict=strict)
     with torch.no_grad():
         model.class_embed.bias[0] = float("nan")
-    with pytest.raises(NonFiniteLossError, match=r"pred_logits and pred_boxes not finite .*\[100, 101\]"):
-        fit(model, small_criterion(), loader(samples([1, 1])), OptimConfig())
+    with pytest.raises(NonFiniteLossError, match=rf"{terms}.*not finite .*\[100, 101\]"):
+        fit(model, criterion, loader(samples([1, 1])), OptimConfig())
 
 
 def test_accumulated_batches_are_told_apart() -> None:
