@@ -383,19 +383,12 @@ def _ignore_interrupts(worker_id: int) -> None:
 
 def _write_sheet(images: list[Path], predictor: Predictor, path: Path) -> None:
     """Draw the detections of many images on one sheet."""
-    rows = math.ceil(len(images) / SHEET_COLUMNS)
-    gap = 4
-    sheet = Image.new("RGB", (SHEET_COLUMNS * (TILE_PX + gap) - gap, rows * (TILE_PX + gap) - gap), "white")
+    rows, step = math.ceil(len(images) / SHEET_COLUMNS), TILE_PX + 4
+    sheet = Image.new("RGB", (SHEET_COLUMNS * step - 4, rows * step - 4), "white")
     for place, (image, found) in enumerate(zip(images, predictor(images), strict=True)):
+        labels, scores = found.labels.tolist(), found.scores.tolist()
         with Image.open(image) as picture:
-            drawn = draw_boxes(
-                picture,
-                found.boxes_xyxy_px,
-                found.labels.tolist(),
-                found.names,
-                found.scores.tolist(),
-                min_size=TILE_PX,
-            )
+            drawn = draw_boxes(picture, found.boxes_xyxy_px, labels, found.names, scores, min_size=TILE_PX)
         row, column = divmod(place, SHEET_COLUMNS)
-        sheet.paste(drawn, (column * (TILE_PX + gap), row * (TILE_PX + gap)))
+        sheet.paste(drawn, (column * step, row * step))
     sheet.save(path)
