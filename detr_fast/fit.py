@@ -224,7 +224,7 @@ class _Loop:
         try:
             losses = self.criterion(outputs, targets)
         except ValueError:
-            # A strict matcher refuses costs that are NaN. Going on with a NaN loss lets every process find it at one place.
+            # A strict matcher refuses NaN costs. With a NaN loss in its place every process stops at the same update.
             heads = outputs["pred_logits"].sum() + outputs["pred_boxes"].sum()
             if bool(heads.isfinite()):  # waits for the device, in an error's path
                 raise
