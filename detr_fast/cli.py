@@ -26,6 +26,9 @@ Device = Annotated[str, typer.Option(help="cuda, cpu, mps, or auto: cuda where t
 Workers = Annotated[int, typer.Option(min=0, help="processes that load images")]
 Size = Annotated[int | None, typer.Option(min=1, help="shorter side in pixels; by default the checkpoint's")]
 MaxSize = Annotated[int | None, typer.Option(min=1, help="longest side in pixels; by default the checkpoint's")]
+Dilation = Annotated[
+    bool | None, typer.Option(help="whether the last stage is dilated (DC5), where the checkpoint does not say it")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
@@ -99,6 +102,7 @@ def evaluate(
     device: Device = "auto",
     size: Size = None,
     max_size: MaxSize = None,
+    dilation: Dilation = None,
 ) -> None:
     """Print a checkpoint's COCO AP on a data set.
 
@@ -122,6 +126,7 @@ def evaluate(
         device=where,
         size=size or max(trained.get("scales", [800])),
         max_size=max_size or trained.get("max_size", 1333),
+        model_options=_model_options(dilation),
         output=output,
     )
     if is_main():
@@ -142,6 +147,7 @@ def predict(
     device: Device = "auto",
     size: Size = None,
     max_size: MaxSize = None,
+    dilation: Dilation = None,
 ) -> None:
     """Draw labelled boxes on images and write them in COCO's results format; exit code 1 where an image failed."""
     from detr_fast.predict import AttentionFigures, predict_files
@@ -153,12 +159,15 @@ def predict(
         name: value for name, value in (("size", size), ("max_size", max_size)) if value is not None
     }
     predictor = Predictor.from_checkpoint(
-        checkpoint, threshold=threshold, batch_size=batch_size, device=choose_device(device), **sizes
+        checkpoint,
+        model_options=_model_options(dilation),
+        threshold=threshold,
+        batch_size=batch_size,
+        device=choose_device(device),
+        **sizes,
     )
     summary = predict_files(images, predictor, output, annotations=annotations, recursive=recursive, attention=figures)
-    print(f"{len(summary.images)} images, {len(summary.predictions)} detections in {summary.output}")
-    for failed in summary.failed:
-        print(f"failed: {failed.path}: {failed.reason}", file=sys.stderr)
+    print(summary.render(), file=sys.stderr if summary.failed else sys.stdout)
     if summary.failed:
         raise typer.Exit(1)
 
@@ -184,10 +193,18 @@ def check_data(
     """Report what is wrong with a data set before the first epoch; exit code 1 where something is."""
     from detr_fast.data.check import check_dataset
 
-    report = check_dataset(images, annotations, num_queries=num_queries)
+    def show(done: int, total: int) -> None:
+        if sys.stderr.isatty() and (done % 100 == 0 or done == total):
+            print(f"\r{done} of {total} images", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+    report = check_dataset(images, annotations, num_queries=num_queries, progress=show)
     print(report.to_json() if as_json else report.render())
     if report.problems:
         raise typer.Exit(1)
+
+
+def _model_options(dilation: bool | None) -> dict[str, Any]:
+    return {} if dilation is None else {"dilation": dilation}
 
 
 def _pair(text: str) -> tuple[float, float]:

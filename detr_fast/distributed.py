@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from typing import Any
 
@@ -69,4 +70,10 @@ def init_from_env(device: str | torch.device = "cpu") -> torch.device:
         torch.cuda.set_device(device)
     if not is_distributed():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(_leave)  # without it NCCL warns at exit
     return device
+
+
+def _leave() -> None:
+    if is_distributed():
+        dist.destroy_process_group()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,7 @@ def evaluate_checkpoint(
     device: torch.device | str = "cpu",
     size: int = 800,
     max_size: int | None = 1333,
+    model_options: Mapping[str, Any] | None = None,
     output: str | os.PathLike[str] | None = None,
 ) -> CocoResult:
     """Measure a checkpoint's COCO numbers on a folder of images.
@@ -98,12 +99,14 @@ def evaluate_checkpoint(
         batch_size, num_workers: images in a batch, and processes that load them.
         device: where to run; in a process group, every process runs its share.
         size, max_size: shortest side of the model's input, and the longest allowed, in pixels.
+        model_options: what the file does not tell about its model, such as ``{"dilation": True}`` for a published
+            DC5 checkpoint.
         output: JSON file that the main process writes; its folder is made.
 
     Warns:
         UserWarning: the checkpoint's categories have other names than the annotations'.
     """
-    model, meta = model_from_checkpoint(checkpoint)
+    model, meta = model_from_checkpoint(checkpoint, **(model_options or {}))
     dataset = CocoDetection(images, annotations, eval_transforms(size, max_size))
     _warn_of_other_names(meta.categories, dataset.categories)
     loader: DataLoader[Any] = DataLoader(

@@ -52,14 +52,13 @@ class TrainProgress:
         self.bar.stop()
 
     def step(self, report: StepReport) -> None:
-        """Move the bar: loss, images per second, memory; the time left is the epoch's."""
-        if self.bar.tasks[0].total != report.steps or self.bar.tasks[0].completed > report.step:
-            self.bar.reset(self.task, total=report.steps)
+        """Move the bar: loss, images per second, memory, and the time left of the whole run."""
         rate = report.images / max(report.seconds, 1e-9)
         self.bar.update(
             self.task,
             description=f"epoch {report.epoch + 1}/{self.epochs}",
-            completed=report.step,
+            total=self.epochs * report.steps,
+            completed=report.epoch * report.steps + report.step,
             status=f"loss {report.loss:.3f}  {rate:.1f} img/s  {peak_memory() / 2**30:.1f} GiB",
         )
 

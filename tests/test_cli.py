@@ -174,9 +174,17 @@ def test_predict(run: Run, trained: Path, tmp_path: Path) -> None:
     one = trained / "val" / "0.png"
     ended = run("predict", one, tmp_path / "broken.png", *arguments, "--output", tmp_path / "q", "--point", "10,12")
     assert ended.code == 1
-    assert "1 images" in ended.out
+    assert "in 1 images" in ended.err
     assert re.search(r"failed: .*broken\.png: ", ended.err)
     assert list((tmp_path / "q").glob("*attention*"))
+
+
+def test_what_a_checkpoint_does_not_say_can_be_said(run: Run, trained: Path, tmp_path: Path) -> None:
+    # A backbone without a dilated form shows that the option arrives.
+    checkpoint = ["--checkpoint", trained / "out" / "checkpoint.pth", "--dilation"]
+    assert_one_line(run("predict", trained / "val", *checkpoint, "--output", tmp_path), "'tiny' has .* no dilation")
+    data = ["--images", trained / "val", "--annotations", trained / "val" / "instances.json"]
+    assert_one_line(run("eval", *data, *checkpoint), "'tiny' has .* no dilation")
 
 
 def test_info(run: Run) -> None:
