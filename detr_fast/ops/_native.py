@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from functools import lru_cache
 from types import ModuleType
 from typing import NamedTuple
@@ -24,6 +25,7 @@ def load() -> Native:
             raise
         return Native(None, "the native module was not built (a C++ compiler, and no DETR_FAST_NATIVE=off, builds it)")
     except ImportError as error:  # a library it links against is missing, or it was built for another Python
+        warnings.warn(f"detr_fast runs without its native module, which does not load: {error}", stacklevel=2)
         return Native(None, f"the native module does not load: {error}")
 
 
