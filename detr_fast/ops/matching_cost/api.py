@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from detr_fast.ops import _triton
 from detr_fast.ops._dispatch import Implementation, Op, always_runs, goes_through_dispatcher
 from detr_fast.ops.matching_cost.native import matching_cost_native, why_not
 from detr_fast.ops.matching_cost.reference import matching_cost_reference
 from detr_fast.ops.matching_cost.types import CostWeights, PackedTargets, check_matching_inputs
 
+
+def _run_triton(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from detr_fast.ops.matching_cost.triton_impl import matching_cost_triton  # on demand: it imports Triton
+
+    return matching_cost_triton(*arguments)
+
+
 OP = Op(
     name="matching_cost",
     implementations=(
         Implementation("native", matching_cost_native, why_not),
+        Implementation("triton", _run_triton, lambda logits: _triton.why_not(logits.device)),
         Implementation("reference", matching_cost_reference, always_runs),
     ),
     example=lambda device: (torch.empty(1, 1, 1, device=device),),
@@ -50,7 +59,8 @@ def matching_cost(
     pair across images is computed, and nothing is padded. Carion et al. 2020, section 3.1, equation 2.
 
     A cost that is not a number (NaN or infinite predictions) is replaced by one that is so high that a matching takes
-    such a pair only where it can take no other; ``num_nonfinite`` says how many there were.
+    such a pair only where it can take no other; ``num_nonfinite`` says how many there were. On CUDA, where a label is
+    not looked at before, one out of range makes such costs, too.
 
     Args:
         logits: L tensors [B, Q, classes] of any float dtype (or one [L, B, Q, classes]), "no object" among the
@@ -59,7 +69,7 @@ def matching_cost(
         targets: labels [N] in [0, classes), boxes [N, 4] cxcywh in [0, 1], B counts.
         weights: see CostWeights.
         extra_cost: L tensors [N, Q] to add: the place for a term on masks.
-        backend: "reference" or "native"; None takes the fastest that can run here.
+        backend: "reference", "native" or "triton"; None takes the fastest that can run here.
 
     Returns:
         See MatchingCost. Computed in float32 at least.
@@ -69,7 +79,8 @@ def matching_cost(
         IndexError: a label is out of range, and the tensors are on the CPU.
         NotImplementedError: ``backend`` cannot run these inputs; the message says why.
 
-    Not differentiable. On CUDA it does not wait for the device.
+    Not differentiable. On CUDA "triton" does not wait for the device, and can be captured in a CUDA graph after a call
+    outside of it; the graph holds the counts. The reference does not take labels out of range there.
     """
     logits, boxes = list(logits), list(boxes)
     extra = None if extra_cost is None else list(extra_cost)
