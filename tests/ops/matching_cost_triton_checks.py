@@ -129,6 +129,18 @@ def test_unusable_costs_are_those_of_the_reference(value: float, dtype: torch.dt
     assert cost[1, 0, 2] > others.clamp(min=0).amax(1).sum() - others.clamp(max=0).amin(1).sum()
 
 
+def test_unusable_costs_of_more_images_than_a_launch() -> None:
+    case = make_case(Shape(2, 2, 3, [1, 0, 2] + [0] * (IMAGES_PER_LAUNCH - 2) + [2]))
+    case.logits[1][2, 1] = math.nan
+    case.logits[1][-1] = math.nan
+    case.boxes[0][0, 1] = math.nan
+    cost, num_nonfinite = run(case, DETR)
+    reference = matching_cost(*case, DETR, backend="reference")
+    assert torch.equal(num_nonfinite, reference.num_nonfinite)
+    assert num_nonfinite.sum(1).tolist() == [1, 6]
+    torch.testing.assert_close(cost, reference.cost)
+
+
 def test_a_row_of_which_nothing_is_usable() -> None:
     case = make_case(Shape(1, 6, 4, [3, 2]))
     case.logits[0][0] = math.nan

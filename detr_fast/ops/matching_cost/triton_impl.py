@@ -29,8 +29,8 @@ UNUSABLE_FROM = tl.constexpr(LARGEST_COST)
 # programs of six layers and eight images of 100 queries, more than a GPU has multiprocessors, and waste 12 of 112
 # lanes; a row of 16 costs is whole memory sectors.
 BLOCK_QUERIES = 16
-# COCO's 92 logits are one step, and so wait for memory once.
-BLOCK_CLASSES = 128
+# COCO's 92 logits are one step, and so wait for memory once; in float64 they take two, for as many registers.
+BLOCK_CLASSES = {torch.float32: 128, torch.float64: 64}
 # An image of COCO has about 7 targets: one step for most images.
 BLOCK_TARGETS = 16
 # 64 registers a thread, where four warps take 128: as many programs of twice the warps fit on a multiprocessor.
@@ -214,7 +214,7 @@ def matching_cost_fwd_kernel(
         if extra is not None:
             extra_rows = extra + pick(extra_words, layer_here, LAYERS) + n * extra_target
             tile += tl.load(extra_rows[:, None] + q[None, :], mask=valid, other=0.0).to(COMPUTE)
-        bad += (valid & ~(tl.abs(tile) < UNUSABLE_FROM)).to(tl.int32)
+        bad += tl.where(tl.abs(tile) < UNUSABLE_FROM, 0, valid.to(tl.int32))
         rows = cost + (layer * all_targets + n) * queries
         tl.store(rows[:, None] + q[None, :], tile, mask=valid)
     tl.store(unusable + (layer * images + image) * blocks + block, tl.sum(tl.sum(bad, 1), 0))
@@ -260,7 +260,7 @@ def matching_cost_finish_kernel(
     for start in range(0, size, BLOCK):
         inside = start + place < size
         x = tl.load(tile + start + place, mask=inside, other=0.0)
-        tl.store(tile + start + place, penalty.to(x.dtype), mask=inside & ~(tl.abs(x) < UNUSABLE_FROM))
+        tl.store(tile + start + place, tl.where(tl.abs(x) < UNUSABLE_FROM, x, penalty.to(x.dtype)), mask=inside)
 
 
 def matching_cost_triton(
@@ -362,7 +362,7 @@ def fwd_constants(weights: CostWeights, dtype: torch.dtype) -> dict[str, Any]:
         "COMPUTE": tl.float64 if dtype == torch.float64 else tl.float32,
         "TINY": torch.finfo(dtype).tiny,
         "BLOCK_Q": BLOCK_QUERIES,
-        "BLOCK_C": BLOCK_CLASSES,
+        "BLOCK_C": BLOCK_CLASSES[dtype],
         "BLOCK_T": BLOCK_TARGETS,
         "IMAGES": IMAGES_PER_LAUNCH,
         "LAYERS": LAYERS_PER_LAUNCH,
