@@ -27,7 +27,7 @@ class SetCriterion(nn.Module):
         weight_dict: the weight of each loss by its name. ``forward`` does not apply it: the training loop does.
         eos_coef: weight of the class "no object" in the cross-entropy.
         losses: which to compute: "labels", "boxes", "cardinality".
-        validate: check the targets' values too, where they are on the CPU.
+        validate: check the targets (see ``check_targets``); malformed ones may otherwise raise anything, or nothing.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class SetCriterion(nn.Module):
         """The matched pairs of every decoder layer; in one call where the matcher can do that."""
         if not isinstance(self.matcher, HungarianMatcher):
             return [self.matcher({k: v for k, v in layer.items() if k != "aux_outputs"}, targets) for layer in layers]
-        queries = self.matcher.match_layers(layers, targets).cpu()  # [L, N]; indexing below takes host indices
+        queries = self.matcher.match_layers(layers, targets, validate=False).cpu()  # [L, N]; indexing below takes host indices
         counts = [len(target["labels"]) for target in targets]
         return [[matched_pairs(image) for image in layer.split(counts)] for layer in queries]
 

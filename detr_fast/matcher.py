@@ -60,12 +60,15 @@ class HungarianMatcher(nn.Module):
         return [matched_pairs(row) for row in queries.split([len(target["labels"]) for target in targets])]
 
     @torch.no_grad()
-    def match_layers(self, layers: Sequence[dict[str, Any]], targets: Sequence[Target]) -> Tensor:
+    def match_layers(
+        self, layers: Sequence[dict[str, Any]], targets: Sequence[Target], *, validate: bool = True
+    ) -> Tensor:
         """Match L decoder layers at once: the fast way in.
 
         Args:
             layers: L dicts as in ``forward``, of the same shapes.
             targets: as in ``forward``.
+            validate: check the targets; False where that is done already.
 
         Returns:
             [L, N] int64 on the outputs' device: for each of the batch's N targets its query, -1 where there is none.
@@ -75,7 +78,8 @@ class HungarianMatcher(nn.Module):
         """
         logits = [outputs["pred_logits"] for outputs in layers]
         boxes = [outputs["pred_boxes"] for outputs in layers]
-        check_targets(targets, num_classes=logits[0].shape[-1] - 1, batch_size=len(logits[0]))
+        if validate:
+            check_targets(targets, num_classes=logits[0].shape[-1] - 1, batch_size=len(logits[0]))
         packed = PackedTargets.pack(targets)
         weights = CostWeights(self.cost_class, self.cost_bbox, self.cost_giou)
         queries, num_nonfinite = matching(logits, boxes, packed, weights)

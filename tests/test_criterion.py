@@ -88,3 +88,12 @@ def test_the_class_of_no_object_weighs_eos_coef() -> None:
 def test_refuses_an_unknown_loss() -> None:
     with pytest.raises(ValueError, match=r"losses must be among .* got \['mask'\]"):
         SetCriterion(5, HungarianMatcher(), {}, 0.1, ["labels", "mask"])
+
+
+def test_targets_that_another_check_has_passed_need_not_be_checked() -> None:
+    targets = random_targets([2, 1])
+    targets[0]["boxes"][0] = torch.tensor([0.9, 0.5, 0.4, 0.2])  # reaches outside the image, which can be meant
+    with pytest.raises(ValueError, match="reaches outside"):
+        small_criterion()(random_outputs(2), targets)
+    losses = small_criterion(validate=False)(random_outputs(2), targets)
+    assert all(loss.isfinite() for loss in losses.values())
