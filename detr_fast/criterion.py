@@ -130,7 +130,8 @@ class SetCriterion(nn.Module):
         """The matched pairs of every decoder layer; in one call where the matcher can do that."""
         if not isinstance(self.matcher, HungarianMatcher):
             return [self.matcher({k: v for k, v in layer.items() if k != "aux_outputs"}, targets) for layer in layers]
-        queries = self.matcher.match_layers(layers, targets, validate=False).cpu()  # [L, N]; indexing below takes host indices
+        queries = self.matcher.match_layers(layers, targets, validate=False)  # [L, N]
+        queries = queries.cpu()  # what is below indexes with tensors of the host
         counts = [len(target["labels"]) for target in targets]
         return [[matched_pairs(image) for image in layer.split(counts)] for layer in queries]
 

@@ -46,8 +46,7 @@ COUNT_MASK = tl.constexpr((1 << 30) - 1)
 
 BLOCK_FINISH = 1024
 
-# A fused multiply-add rounds one of two equal areas and not the other, and GIoU takes
-# the difference of two areas.
+# A fused multiply-add rounds one of two equal areas and not the other, and GIoU takes the difference of two areas.
 FUSION = False
 
 
