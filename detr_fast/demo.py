@@ -307,10 +307,13 @@ class _Demo:
 
     def _conclusion(self) -> str:
         images, annotations = self.val_files
-        score = f"AP {self.stats['AP']:.3f}  AP50 {self.stats['AP50']:.3f} on " if self.stats else "not evaluated: "
+        score = f"stopped after {self.state.step} updates, before the first evaluation"
+        if self.stats:
+            count = sum(len(targets) for _, targets in self.val_batches)
+            score = f"AP {self.stats['AP']:.3f}  AP50 {self.stats['AP50']:.3f} on {count} scenes of unseen digits, "
+            score += f"after {self.evaluated_step} updates"
         return (
-            f"{score}{sum(len(targets) for _, targets in self.val_batches)} scenes of unseen digits, "
-            f"after {self.evaluated_step} updates\n"
+            f"{score}\n"
             f"pictures: {self.folder / 'predictions.png'} and {self.folder / 'predictions'}\n"
             f"go on with: detr-fast predict {images} --checkpoint {self.folder / CHECKPOINT}\n"
             f"            detr-fast eval --checkpoint {self.folder / CHECKPOINT} --images {images} "
