@@ -316,4 +316,4 @@ def test_paper_augmentation_on_real_images(shared_data: Path) -> None:
         assert min(image.shape[1:]) <= 800
         assert max(image.shape[1:]) <= 1333
         assert list(image.shape[1:]) == target["size"].tolist()
-        assert ((target["boxes"] >= 0) & (target["boxes"] <= 1)).all()
+        assert ((target["boxes"] >= 0) & (target["boxes"] <= 1 + 1e-6)).all()  # a float32 division may round up
