@@ -16,6 +16,7 @@
 #include "cpu/matching_cost.h"
 #if defined(DETR_FAST_WITH_CUDA)
 #include "cuda/assignment.h"
+#include "cuda/matching.h"
 #endif
 
 namespace py = pybind11;
@@ -92,15 +93,15 @@ void matching_cpu(const MatchingInputs& m, uintptr_t query_of_target, uintptr_t 
 
 #if defined(DETR_FAST_WITH_CUDA)
 
-[[noreturn]] void raise_cuda_error(int64_t error) {
-    throw std::runtime_error(std::string("assignment: CUDA says: ") + detr_fast_cuda_error(static_cast<int>(error)));
+[[noreturn]] void raise_cuda_error(const char* op, int64_t error) {
+    throw std::runtime_error(std::string(op) + ": CUDA says: " + detr_fast_cuda_error(static_cast<int>(error)));
 }
 
 int64_t assignment_cuda_workspace(bool is_double, const Triple& sizes, const Triple& strides, const Counts& num_targets,
                                   int device) {
     const int64_t bytes =
         detr_fast_assignment_cuda_workspace(is_double, sizes.data(), strides.data(), num_targets.data(), device);
-    if (bytes < 0) raise_cuda_error(-bytes);
+    if (bytes < 0) raise_cuda_error("assignment", -bytes);
     return bytes;
 }
 
@@ -114,7 +115,29 @@ void assignment_cuda(uintptr_t cost, bool is_double, const Triple& sizes, const 
                                           num_targets.data(), at<int64_t>(query_of_target), at<int32_t>(outcome),
                                           at<void>(workspace), device, at<void>(stream));
     }
-    if (error != 0) raise_cuda_error(error);
+    if (error != 0) raise_cuda_error("assignment", error);
+}
+
+int64_t matching_cuda_workspace(const MatchingInputs& m, int device) {
+    const auto inputs = m.inputs();
+    const int64_t bytes = detr_fast_matching_cuda_workspace(&inputs, device);
+    if (bytes < 0) raise_cuda_error("matching", -bytes);
+    return bytes;
+}
+
+// dtypes of logits, boxes, target boxes and extra costs, as in enum detr_fast_dtype.
+void matching_cuda(const MatchingInputs& m, const std::array<int32_t, 4>& dtypes, uintptr_t query_of_target,
+                   uintptr_t nonfinite, uintptr_t workspace, int device, uintptr_t stream) {
+    int error = 0;
+    {
+        const py::gil_scoped_release release;
+        const auto inputs = m.inputs();
+        const auto weights = m.cost_weights();
+        const detr_fast_matching_dtypes as_stored{dtypes[0], dtypes[1], dtypes[2], dtypes[3]};
+        error = detr_fast_matching_cuda(&inputs, &as_stored, &weights, at<int64_t>(query_of_target),
+                                        at<int64_t>(nonfinite), at<void>(workspace), device, at<void>(stream));
+    }
+    if (error != 0) raise_cuda_error("matching", error);
 }
 
 #endif
@@ -140,6 +163,8 @@ PYBIND11_MODULE(_C, m) {
     m.attr("cuda_architectures") = DETR_FAST_CUDA_ARCHITECTURES;
     m.def("assignment_cuda_workspace", &assignment_cuda_workspace);
     m.def("assignment_cuda", &assignment_cuda);
+    m.def("matching_cuda_workspace", &matching_cuda_workspace);
+    m.def("matching_cuda", &matching_cuda);
 #else
     m.attr("cuda") = py::none();
     m.attr("cuda_architectures") = py::none();

@@ -2,8 +2,7 @@
 
 #pragma once
 
-#include <limits>
-
+#include "limits.h"
 #include "team.h"
 
 namespace detr_fast {
@@ -53,7 +52,7 @@ template <typename Real>
 DETR_FAST_HD Real giou(const Box<Real>& a, const Box<Real>& b) {
     using box::higher;
     using box::lower;
-    constexpr Real tiny = std::numeric_limits<Real>::min();
+    constexpr Real tiny = Limits<Real>::tiny;
     const Real zero = Real(0);
     const Real inner_w = higher(lower(a.x1, b.x1) - higher(a.x0, b.x0), zero);
     const Real inner_h = higher(lower(a.y1, b.y1) - higher(a.y0, b.y0), zero);

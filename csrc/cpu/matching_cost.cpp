@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "../core/box.h"
+#include "../core/pair_cost.h"
 #include "cost_tile.h"
 #include "floats.h"
 #include "image_layers.h"
@@ -13,8 +14,6 @@
 
 namespace detr_fast {
 namespace {
-
-constexpr double largest_cost = 1e30;
 
 template <typename Real>
 struct TileScratch {  // arrays of one number for each query
@@ -101,18 +100,13 @@ void softmax_cost(const ImageLayer<Real>& image, int64_t label, const TileScratc
     }
 }
 
-// Deformable DETR's: focal loss of the class being there, less that of it not being there.
 template <typename Real>
 void focal_cost(const ImageLayer<Real>& image, int64_t label, const detr_fast_cost_weights& weights,
                 Real* __restrict__ class_cost) {
     const Real alpha = static_cast<Real>(weights.alpha);
     const Real gamma = static_cast<Real>(weights.gamma);
-    const Real epsilon = static_cast<Real>(1e-8);
     for (int64_t q = 0; q < image.queries; ++q) {
-        const Real p = Real(1) / (Real(1) + std::exp(-image.logits[q * image.logit_stride + label]));
-        const Real there = alpha * std::pow(Real(1) - p, gamma) * -std::log(p + epsilon);
-        const Real absent = (Real(1) - alpha) * std::pow(p, gamma) * -std::log(Real(1) - p + epsilon);
-        class_cost[q] = there - absent;
+        class_cost[q] = focal_class_cost(image.logits[q * image.logit_stride + label], alpha, gamma);
     }
 }
 
@@ -136,14 +130,12 @@ int32_t fill_row(const ImageLayer<Real>& image, int64_t t, const detr_fast_cost_
                  const TileScratch<Real>& s, Real* __restrict__ row) {
     const Real* coordinates = image.target_boxes + 4 * t;
     const auto target = Box<Real>::of(coordinates[0], coordinates[1], coordinates[2], coordinates[3]);
-    const Real cost_class = static_cast<Real>(weights.cost_class);
-    const Real cost_bbox = static_cast<Real>(weights.cost_bbox);
-    const Real cost_giou = static_cast<Real>(weights.cost_giou);
+    const auto pair_weights = PairWeights<Real>::of(weights);
     const Real* __restrict__ class_cost = class_costs(image, t, weights, s);
     DETR_FAST_PRAGMA(omp simd)
     for (int64_t q = 0; q < image.queries; ++q) {
         const Box<Real> query{s.cx[q], s.cy[q], s.w[q], s.h[q], s.x0[q], s.y0[q], s.x1[q], s.y1[q], s.area[q]};
-        row[q] = cost_bbox * l1_distance(query, target) + cost_class * class_cost[q] - cost_giou * giou(query, target);
+        row[q] = pair_cost(pair_weights, query, target, class_cost[q]);
     }
     if (image.extra != nullptr) {
         const Real* __restrict__ extra = image.extra + t * image.queries;
@@ -152,26 +144,22 @@ int32_t fill_row(const ImageLayer<Real>& image, int64_t t, const detr_fast_cost_
     }
     int32_t unusable = 0;
     DETR_FAST_PRAGMA(omp simd reduction(+ : unusable))
-    for (int64_t q = 0; q < image.queries; ++q) {
-        unusable += !(box::magnitude(row[q]) < static_cast<Real>(largest_cost));
-    }
+    for (int64_t q = 0; q < image.queries; ++q) unusable += !is_usable(row[q]);
     return unusable;
 }
 
 template <typename Real>
 void replace_unusable(Real* tile, int64_t rows, int64_t columns) {
-    const auto usable = [](Real cost) { return box::magnitude(cost) < static_cast<Real>(largest_cost); };
     double lowest = 0;
     double highest = 0;
     for (int64_t e = 0; e < rows * columns; ++e) {
-        if (!usable(tile[e])) continue;
+        if (!is_usable(tile[e])) continue;
         lowest = std::min<double>(lowest, tile[e]);
         highest = std::max<double>(highest, tile[e]);
     }
-    // More than all pairs of any matching can differ by: one such pair less is always worth it.
-    const double penalty = highest + (highest - lowest + 1) * static_cast<double>(std::min(rows, columns) + 1);
+    const auto instead = static_cast<Real>(penalty(lowest, highest, columns, rows));
     for (int64_t e = 0; e < rows * columns; ++e) {
-        if (!usable(tile[e])) tile[e] = static_cast<Real>(penalty);
+        if (!is_usable(tile[e])) tile[e] = instead;
     }
 }
 

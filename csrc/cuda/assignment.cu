@@ -7,6 +7,7 @@
 
 #include "../core/lsap.h"
 #include "device_guard.h"
+#include "shared_memory.h"
 
 namespace detr_fast {
 namespace {
@@ -25,6 +26,7 @@ struct Placement {
     bool tile_is_shared;
     bool tile_is_needed;  // else the cost is read where it lies
     size_t shared_bytes;
+    size_t shared_limit;     // of the device
     size_t workspace_bytes;  // of one problem
 };
 
@@ -98,10 +100,6 @@ __global__ void __launch_bounds__(Warp::size) assignment_kernel(const Batch<Cost
     if (team.lane() == 0) batch.outcome[p] = static_cast<int32_t>(outcome);
 }
 
-size_t rounded(size_t bytes) {
-    return (bytes + 15) / 16 * 16;
-}
-
 // The sizes of the largest problem hold for all: rows and columns both grow with the number of targets.
 Placement place(size_t cost_bytes, const int64_t sizes[3], const int64_t strides[3], const int64_t* num_targets,
                 size_t shared_limit) {
@@ -119,6 +117,7 @@ Placement place(size_t cost_bytes, const int64_t sizes[3], const int64_t strides
     const bool readable_in_place =
         (!some_rows_are_targets || strides[1] == 1) && (!some_rows_are_queries || strides[2] == 1);
     Placement placement{};
+    placement.shared_limit = shared_limit;
     placement.state_is_shared = state <= shared_limit;
     placement.tile_is_shared = state + tile <= shared_limit;
     placement.tile_is_needed = placement.tile_is_shared || !readable_in_place;
@@ -128,18 +127,9 @@ Placement place(size_t cost_bytes, const int64_t sizes[3], const int64_t strides
     return placement;
 }
 
-cudaError_t shared_memory_limit(int device, size_t* limit) {
-    int bytes = 0;
-    const cudaError_t error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    *limit = static_cast<size_t>(bytes);
-    return error;
-}
-
 template <typename Cost>
 cudaError_t launch(Batch<Cost> batch, int64_t problems, const int64_t* num_targets, cudaStream_t stream) {
-    const size_t shared_bytes = batch.placement.shared_bytes;
-    cudaError_t error = cudaFuncSetAttribute(assignment_kernel<Cost>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             static_cast<int>(shared_bytes));
+    cudaError_t error = allow_shared_memory(assignment_kernel<Cost>, batch.placement.shared_limit);
     for (int64_t first = 0; first < problems && error == cudaSuccess; first += problems_per_launch) {
         const auto count = static_cast<unsigned>(std::min<int64_t>(problems_per_launch, problems - first));
         Counts counts{};
@@ -147,7 +137,7 @@ cudaError_t launch(Batch<Cost> batch, int64_t problems, const int64_t* num_targe
         cudaLaunchConfig_t config{};
         config.gridDim = dim3(count);
         config.blockDim = dim3(Warp::size);
-        config.dynamicSmemBytes = shared_bytes;
+        config.dynamicSmemBytes = batch.placement.shared_bytes;
         config.stream = stream;
         error = cudaLaunchKernelEx(&config, assignment_kernel<Cost>, static_cast<const Batch<Cost>>(batch),
                                    static_cast<const Counts>(counts));

@@ -35,7 +35,7 @@ def test_machine_code_keeps_to_its_budget(source: Path, tmp_path: Path) -> None:
     assert kernels > 0
     assert kernels % len(codes) == 0
     assert len(registers) == kernels
-    assert len(spilled) == 2 * kernels
+    assert len(spilled) == 2 * len(re.findall(r"Function properties", report))  # of kernels and what they call
     assert max(registers) <= REGISTER_BUDGET, report
     assert max(spilled) == 0, report
 

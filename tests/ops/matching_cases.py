@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 from small import random_boxes
 from torch import Tensor
 
-from detr_fast.ops.matching_cost import CostWeights, PackedTargets
+from detr_fast.ops.matching_cost import CostWeights, PackedTargets, matching_cost
 
 DETR = CostWeights(1, 5, 2)
 FOCAL = CostWeights(2, 5, 2, focal=True)
@@ -56,3 +58,22 @@ def double(case: Case) -> Case:
         [x.double() for x in case.boxes],
         case.targets._replace(boxes=case.targets.boxes.double()),
     )
+
+
+def check_optimal(query_of_target: Tensor, case: Case, weights: CostWeights) -> None:
+    """One to one, complete, and of SciPy's total on costs in float64."""
+    cost = matching_cost(*double(case), weights, backend="reference").cost
+    assert query_of_target.shape == cost.shape[:2] and query_of_target.dtype == torch.int64
+    first = 0
+    for count in case.targets.num_targets:
+        for layer in range(len(cost)):
+            block = cost[layer, first : first + count]  # [T, Q]
+            found = query_of_target[layer, first : first + count]
+            matched = found >= 0
+            assert matched.sum() == min(block.shape)
+            assert len(set(found[matched].tolist())) == min(block.shape)
+            total = block[matched, found[matched]].sum().item()
+            optimum = block[linear_sum_assignment(block.numpy())].sum().item()
+            # Each of the pairs may be rounded by a few float32 steps.
+            assert total == pytest.approx(optimum, abs=1e-5 * (1 + min(block.shape)))
+        first += count

@@ -7,36 +7,19 @@ import math
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor
 
 from detr_fast.ops import _native
-from detr_fast.ops.matching import matching
-from detr_fast.ops.matching_cost import CostWeights, matching_cost
-from ops.matching_cases import DETR, FOCAL, SHAPES, Case, Shape, double, make_case
+from detr_fast.ops.matching import api, matching
+from detr_fast.ops.matching_cost import CostWeights, PackedTargets, matching_cost
+from detr_fast.ops.matching_cost import api as cost_api
+from detr_fast.ops.matching_cost.native import NativeArguments
+from ops.assignment_cases import needs_cuda
+from ops.matching_cases import DETR, FOCAL, SHAPES, Case, Shape, check_optimal, make_case
 
 BACKENDS = [
     "reference",
     pytest.param("native", marks=pytest.mark.skipif(_native.load().module is None, reason=str(_native.load().why_not))),
 ]
-
-
-def check_optimal(query_of_target: Tensor, case: Case, weights: CostWeights) -> None:
-    """One to one, complete, and of SciPy's total on costs in float64."""
-    cost = matching_cost(*double(case), weights, backend="reference").cost
-    assert query_of_target.shape == cost.shape[:2] and query_of_target.dtype == torch.int64
-    first = 0
-    for count in case.targets.num_targets:
-        for layer in range(len(cost)):
-            block = cost[layer, first : first + count]  # [T, Q]
-            found = query_of_target[layer, first : first + count]
-            matched = found >= 0
-            assert matched.sum() == min(block.shape)
-            assert len(set(found[matched].tolist())) == min(block.shape)
-            total = block[matched, found[matched]].sum().item()
-            optimum = block[linear_sum_assignment(block.numpy())].sum().item()
-            # Each of the pairs may be rounded by a few float32 steps.
-            assert total == pytest.approx(optimum, abs=1e-5 * (1 + min(block.shape)))
-        first += count
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -101,3 +84,113 @@ def test_threads_may_call_at_once() -> None:
     with ThreadPoolExecutor(4) as pool:
         for result in pool.map(lambda _: matching(*case, DETR).query_of_target, range(40)):
             assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("name", ["labels", "target boxes", "boxes of layer 0", "extra_cost of layer 0"])
+def test_tensors_of_several_devices_are_refused(name: str) -> None:
+    logits, boxes, targets = make_case(Shape(1, 4, 3, [2]))
+    extra = [torch.zeros(2, 4)]
+    if name == "labels":
+        targets = targets._replace(labels=targets.labels.to("meta"))
+    elif name == "target boxes":
+        targets = targets._replace(boxes=targets.boxes.to("meta"))
+    elif name == "boxes of layer 0":
+        boxes = [boxes[0].to("meta")]
+    else:
+        extra = [extra[0].to("meta")]
+    with pytest.raises(ValueError, match=f"{name} must be on cpu.*, got meta"):
+        matching(logits, boxes, targets, extra_cost=extra)
+
+
+needs_cuda_build = pytest.mark.skipif(
+    _native.load().module is None or _native.load().module.cuda is None, reason="needs the native module with CUDA"
+)
+
+
+@needs_cuda_build
+def test_what_runs_on_cuda() -> None:
+    with torch._subclasses.FakeTensorMode():
+        logits = torch.empty(1, 1, 1, device="cuda")
+        assert api.OP.choose(None, logits).name == "native"
+        with pytest.raises(NotImplementedError, match="no native code for cuda"):
+            cost_api.OP.choose("native", logits)
+
+
+@needs_cuda_build
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_what_cuda_says_is_passed_on() -> None:
+    case = make_case(Shape(1, 4, 3, [2]))
+    arguments = NativeArguments(*case, DETR, None, for_kernel=True)
+    with pytest.raises(RuntimeError, match="matching: CUDA says: "):
+        _native.module().matching_cuda_workspace(arguments.inputs, 0)
+    with pytest.raises(RuntimeError, match="matching: CUDA says: "):
+        _native.module().matching_cuda(arguments.inputs, arguments.dtype_codes(), 0, 0, 0, 0, 0)
+
+
+def on_cuda(case: Case) -> Case:
+    targets = PackedTargets(case.targets.labels.cuda(), case.targets.boxes.cuda(), case.targets.num_targets)
+    return Case([x.cuda() for x in case.logits], [x.cuda() for x in case.boxes], targets)
+
+
+CUDA_SHAPES = {
+    **SHAPES,
+    "more than shared memory holds": Shape(2, 900, 92, [300, 1000, 0]),
+    "several launches": Shape(18, 5, 3, [1, 0, 7] * 300),
+}
+
+
+@needs_cuda
+class TestCuda:
+    @pytest.mark.parametrize("weights", [DETR, FOCAL], ids=["softmax", "focal"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("shape", CUDA_SHAPES.values(), ids=CUDA_SHAPES)
+    def test_equals_the_cpu(self, shape: Shape, dtype: torch.dtype, weights: CostWeights) -> None:
+        case = make_case(shape, dtype)
+        found = matching(*on_cuda(case), weights, backend="native")
+        assert found.query_of_target.is_cuda and not found.num_nonfinite.any()
+        if dtype == torch.float64:
+            expected = matching(*case, weights, backend="native").query_of_target
+            assert torch.equal(found.query_of_target.cpu(), expected)
+        else:  # float32 costs are not rounded alike, and the best of two matchings may depend on that
+            check_optimal(found.query_of_target.cpu(), case, weights)
+
+    def test_numbers_that_are_none_are_counted_as_on_the_cpu(self) -> None:
+        case = make_case(Shape(2, 20, 6, [5, 30, 0]), torch.float64)
+        case.logits[0][:, 3:9] = math.nan
+        case.boxes[1][1, 4] = math.inf
+        found, expected = matching(*on_cuda(case), DETR, backend="native"), matching(*case, DETR, backend="native")
+        assert expected.num_nonfinite.sum() > 200
+        assert torch.equal(found.num_nonfinite.cpu(), expected.num_nonfinite)
+        assert torch.equal(found.query_of_target.cpu(), expected.query_of_target)
+
+    def test_a_label_out_of_range_makes_costs_that_are_no_numbers(self) -> None:
+        case = make_case(Shape(1, 8, 5, [4, 2]))
+        case.targets.labels[:3] = torch.tensor([5, -1, 2**60])
+        found = matching(*on_cuda(case), DETR, backend="native")
+        assert found.num_nonfinite.tolist() == [[24, 0]]
+
+    def test_does_not_wait_for_the_device(self) -> None:
+        case = make_case(SHAPES["real"])
+        there = on_cuda(case)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = matching(*there, DETR, backend="native")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        check_optimal(found.query_of_target.cpu(), case, DETR)
+
+    def test_is_captured_and_replayed_with_other_inputs(self) -> None:
+        there = on_cuda(make_case(SHAPES["real"], torch.float64))
+        matching(*there, DETR, backend="native")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = matching(*there, DETR, backend="native")
+        for _ in range(3):
+            case = make_case(SHAPES["real"], torch.float64)
+            for static, fresh in zip([*there.logits, *there.boxes], [*case.logits, *case.boxes], strict=True):
+                static.copy_(fresh)
+            there.targets.labels.copy_(case.targets.labels)
+            there.targets.boxes.copy_(case.targets.boxes)
+            graph.replay()
+            expected = matching(*case, DETR)
+            assert torch.equal(found.query_of_target.cpu(), expected.query_of_target)

@@ -1,4 +1,4 @@
-"""The matching by csrc/cpu/matching.cpp: one pass over an image of a layer, no matrix beyond that image's."""
+"""The matching by csrc/cpu/matching.cpp and csrc/cuda/matching.cu: no matrix beyond that of one image of one layer."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from detr_fast.ops.matching_cost.native import NativeArguments
 from detr_fast.ops.matching_cost.types import CostWeights, PackedTargets
 
 
+def why_not(logits: Tensor) -> str | None:
+    return _native.why_not(logits.device)
+
+
 def matching_native(
     logits: Sequence[Tensor],
     boxes: Sequence[Tensor],
@@ -19,10 +23,31 @@ def matching_native(
     weights: CostWeights,
     extra_cost: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    arguments = NativeArguments(logits, boxes, targets, weights, extra_cost)
+    on_cuda = logits[0].is_cuda
+    arguments = NativeArguments(logits, boxes, targets, weights, extra_cost, for_kernel=on_cuda)
     layers, batch, _, _ = arguments.sizes
-    query_of_target = torch.empty((layers, len(targets.labels)), dtype=torch.int64)
-    nonfinite = torch.empty((layers, batch), dtype=torch.int64)
+    query_of_target = targets.labels.new_empty((layers, len(targets.labels)))
+    nonfinite = targets.labels.new_empty((layers, batch))
+    (_on_cuda if on_cuda else _on_cpu)(arguments, query_of_target, nonfinite)
+    return query_of_target, nonfinite
+
+
+def _on_cpu(arguments: NativeArguments, query_of_target: Tensor, nonfinite: Tensor) -> None:
     threads = torch.get_num_threads()
     _native.module().matching_cpu(arguments.inputs, query_of_target.data_ptr(), nonfinite.data_ptr(), threads)
-    return query_of_target, nonfinite
+
+
+def _on_cuda(arguments: NativeArguments, query_of_target: Tensor, nonfinite: Tensor) -> None:
+    native = _native.module()
+    device = query_of_target.device.index
+    workspace_bytes = native.matching_cuda_workspace(arguments.inputs, device)
+    workspace = query_of_target.new_empty(workspace_bytes, dtype=torch.uint8)
+    native.matching_cuda(
+        arguments.inputs,
+        arguments.dtype_codes(),
+        query_of_target.data_ptr(),
+        nonfinite.data_ptr(),
+        workspace.data_ptr(),
+        device,
+        torch.cuda.current_stream(device).cuda_stream,
+    )

@@ -34,8 +34,16 @@ def matching_cost_native(
     return cost, nonfinite
 
 
+# The dtypes that kernels read as they lie: enum detr_fast_dtype in csrc/cuda/matching.h.
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
 class NativeArguments:
-    """Predictions and targets as addresses and sizes; holds the tensors that the addresses point into."""
+    """Predictions and targets as addresses and sizes; holds the tensors that the addresses point into.
+
+    Numbers become ``dtype``, in which costs are computed. For a kernel, which reads each of DTYPES as it lies, they
+    stay what they are where they can; labels are not looked at then, because that would wait for the device.
+    """
 
     def __init__(
         self,
@@ -44,14 +52,17 @@ class NativeArguments:
         targets: PackedTargets,
         weights: CostWeights,
         extra_cost: Sequence[Tensor] | None,
+        *,
+        for_kernel: bool = False,
     ) -> None:
-        _check_labels(targets, logits[0].shape[2])
+        if not for_kernel:
+            _check_labels(targets, logits[0].shape[2])
         self.dtype = torch.promote_types(logits[0].dtype, torch.float32)
-        self.logits = _same_strides([x.detach().to(self.dtype) for x in logits])
-        self.boxes = _same_strides([x.detach().to(self.dtype) for x in boxes])
-        self.extra = [x.detach().to(self.dtype).contiguous() for x in extra_cost or ()]
+        self.logits = _same_strides(_readable(logits, self.dtype, for_kernel))
+        self.boxes = _same_strides(_readable(boxes, self.dtype, for_kernel))
+        self.extra = [x.contiguous() for x in _readable(extra_cost or (), self.dtype, for_kernel)]
         self.labels = targets.labels.contiguous()
-        self.target_boxes = targets.boxes.detach().to(self.dtype).contiguous()
+        self.target_boxes = _readable([targets.boxes], self.dtype, for_kernel)[0].contiguous()
         self.sizes = (len(logits), *logits[0].shape)
         self.inputs: Any = _native.module().MatchingInputs(
             self.dtype == torch.float64,
@@ -67,6 +78,18 @@ class NativeArguments:
             (weights.cost_class, weights.cost_bbox, weights.cost_giou, weights.alpha, weights.gamma),
             weights.focal,
         )
+
+    def dtype_codes(self) -> tuple[int, ...]:
+        """Of logits, boxes, target boxes and extra costs."""
+        kinds = (self.logits, self.boxes, [self.target_boxes], self.extra or self.logits)
+        return tuple(DTYPES[kind[0].dtype] for kind in kinds)
+
+
+def _readable(tensors: Sequence[Tensor], dtype: torch.dtype, for_kernel: bool) -> list[Tensor]:
+    dtypes = {x.dtype for x in tensors}
+    if for_kernel and len(dtypes) == 1 and dtypes <= DTYPES.keys():
+        return [x.detach() for x in tensors]
+    return [x.detach().to(dtype) for x in tensors]
 
 
 def _check_labels(targets: PackedTargets, classes: int) -> None:

@@ -56,8 +56,9 @@ def check_matching_inputs(
     if logits[0].ndim != 3 or logits[0].shape[2] == 0:
         raise ValueError(f"logits of a layer must be [B, Q, classes], got {list(logits[0].shape)}")
     batch, queries, _ = logits[0].shape
-    _check_layers("logits", logits, list(logits[0].shape))
-    _check_layers("boxes", boxes, [batch, queries, 4])
+    device = logits[0].device
+    _check_layers("logits", logits, list(logits[0].shape), device)
+    _check_layers("boxes", boxes, [batch, queries, 4], device)
     count = sum(targets.num_targets)
     if len(targets.num_targets) != batch:
         raise ValueError(f"num_targets must have one count for each of {batch} images, got {len(targets.num_targets)}")
@@ -68,13 +69,18 @@ def check_matching_inputs(
         raise ValueError(f"labels must be int64 [{count}], got {got}")
     if list(targets.boxes.shape) != [count, 4] or not targets.boxes.is_floating_point():
         raise ValueError(f"target boxes must be float [{count}, 4], got {list(targets.boxes.shape)}")
+    for name, tensor in (("labels", targets.labels), ("target boxes", targets.boxes)):
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on {device}, where the logits are, got {tensor.device}")
     if extra_cost is not None:
         if len(extra_cost) != len(logits):
             raise ValueError(f"extra_cost must be of {len(logits)} layers, got {len(extra_cost)}")
-        _check_layers("extra_cost", extra_cost, [count, queries])
+        _check_layers("extra_cost", extra_cost, [count, queries], device)
 
 
-def _check_layers(name: str, layers: Sequence[Tensor], shape: list[int]) -> None:
+def _check_layers(name: str, layers: Sequence[Tensor], shape: list[int], device: torch.device) -> None:
     for layer, tensor in enumerate(layers):
         if list(tensor.shape) != shape or not tensor.is_floating_point():
             raise ValueError(f"{name} of layer {layer} must be float {shape}, got {tensor.dtype} {list(tensor.shape)}")
+        if tensor.device != device:
+            raise ValueError(f"{name} of layer {layer} must be on {device}, got {tensor.device}")

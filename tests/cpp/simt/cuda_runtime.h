@@ -2,8 +2,9 @@
 // a C++ compiler build a .cu file as it is.
 //
 // Every thread of a block is a fiber. It runs until it meets the other lanes of its warp (__syncwarp, a shuffle or a
-// reduction), and then a lane drawn at random goes on. So a write that another lane reads without a barrier between
-// them is soon read too early. Memory is shared as on the device; shared memory starts out as NaN in every block.
+// reduction) or all threads of its block (__syncthreads), and then a lane drawn at random goes on. So a write that
+// another lane reads without a barrier between them is soon read too early. Memory is shared as on the device; shared
+// memory starts out as NaN in every block.
 
 #pragma once
 
@@ -32,7 +33,7 @@ struct dim3 {
 
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidDevice = 101 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidDevice = 101 };
 enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 using cudaStream_t = void*;
@@ -55,6 +56,11 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
 
 // Waits for all lanes of the warp; returns what each of them brought, by lane.
 const uint64_t* meet(const char* what, uint64_t brought);
+
+// Waits for all threads of the block, unless a test has this line's barrier missing.
+void meet_block(int line);
+
+int lane();
 
 template <typename T, typename Combine>
 T reduce(const char* what, T value, Combine combine) {
@@ -93,6 +99,24 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 
 inline void __syncwarp(unsigned = ~0u) {
     simt::meet("__syncwarp", 0);
+}
+inline void __syncthreads(int line = __builtin_LINE()) {
+    simt::meet_block(line);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int lane_mask) {
+    static_assert(sizeof(T) <= sizeof(uint64_t), "a lane brings 64 bits");
+    uint64_t brought = 0;
+    std::memcpy(&brought, &value, sizeof value);
+    const uint64_t* values = simt::meet("__shfl_xor_sync", brought);
+    std::memcpy(&value, &values[simt::lane() ^ lane_mask], sizeof value);
+    return value;
+}
+template <typename T>
+T atomicAdd(T* address, T value) {  // no other fiber runs in between
+    const T before = *address;
+    *address += value;
+    return before;
 }
 inline unsigned __reduce_min_sync(unsigned, unsigned value) {
     return simt::reduce("__reduce_min_sync", value, [](unsigned a, unsigned b) { return a < b ? a : b; });

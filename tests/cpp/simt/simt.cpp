@@ -5,7 +5,9 @@
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <numeric>
 #include <random>
+#include <utility>
 #include <vector>
 
 dim3 threadIdx, blockIdx, blockDim, gridDim;
@@ -23,7 +25,6 @@ struct Lane {
     ucontext_t context;
     std::unique_ptr<char[]> stack{new char[stack_bytes]};
     dim3 thread;
-    bool waits = false;
     bool finished = false;
 };
 
@@ -37,6 +38,10 @@ struct Meeting {
 std::mt19937 shuffle(std::random_device{}());
 std::vector<Lane> lanes;
 std::vector<Meeting> meetings;  // of each warp
+size_t arrived_in_block;
+int missing_line = -1;
+std::vector<size_t> ready;  // lanes that can go on
+std::vector<int> rank;      // of each warp
 ucontext_t scheduler;
 size_t current;
 const std::function<void()>* running_kernel;
@@ -55,7 +60,8 @@ void enter_lane() {
 void start_lane(size_t index, dim3 thread) {
     Lane& lane = lanes[index];
     lane.thread = thread;
-    lane.waits = lane.finished = false;
+    lane.finished = false;
+    ready.push_back(index);
     getcontext(&lane.context);
     lane.context.uc_stack.ss_sp = lane.stack.get();
     lane.context.uc_stack.ss_size = stack_bytes;
@@ -63,15 +69,39 @@ void start_lane(size_t index, dim3 thread) {
     makecontext(&lane.context, enter_lane, 0);
 }
 
+void wait() {
+    swapcontext(&lanes[current].context, &scheduler);
+}
+
+void wake(size_t first, size_t count) {
+    for (size_t i = first; i < first + count; ++i) ready.push_back(i);
+}
+
+// From one barrier of the block to the next, warps are either equal or each goes as far as it can before a later one
+// starts: where a warp has much to do until it meets others, a race shows only if some are far ahead.
+void draw_ranks() {
+    rank.assign(meetings.size(), 0);
+    if (shuffle() % 2 == 0) return;
+    std::iota(rank.begin(), rank.end(), 0);
+    std::shuffle(rank.begin(), rank.end(), shuffle);
+}
+
+// Takes a lane of the first rank, from a random place on.
+size_t take_ready_lane() {
+    size_t first = std::uniform_int_distribution<size_t>(0, ready.size() - 1)(shuffle);
+    for (size_t step = 1, from = first; step < ready.size(); ++step) {
+        const size_t i = (from + step) % ready.size();
+        if (rank[ready[i] / warp_size] < rank[ready[first] / warp_size]) first = i;
+    }
+    std::swap(ready[first], ready.back());
+    const size_t taken = ready.back();
+    ready.pop_back();
+    return taken;
+}
+
 void run_block() {
-    std::vector<size_t> ready;
-    while (true) {
-        ready.clear();
-        for (size_t i = 0; i < lanes.size(); ++i) {
-            if (!lanes[i].finished && !lanes[i].waits) ready.push_back(i);
-        }
-        if (ready.empty()) break;
-        current = ready[std::uniform_int_distribution<size_t>(0, ready.size() - 1)(shuffle)];
+    while (!ready.empty()) {
+        current = take_ready_lane();
         threadIdx = lanes[current].thread;
         swapcontext(&scheduler, &lanes[current].context);
     }
@@ -89,15 +119,28 @@ const uint64_t* meet(const char* what, uint64_t brought) {
     meeting.what = what;
     const unsigned buffer = meeting.count % 2;
     meeting.brought[buffer][self % warp_size] = brought;
-    lanes[self].waits = true;
     if (++meeting.arrived == warp_size) {
         meeting.arrived = 0;
         if (++meeting.count > most_meetings) fail("the kernel does not end", what);
-        const size_t first = self / warp_size * warp_size;
-        for (size_t i = first; i < first + warp_size; ++i) lanes[i].waits = false;
+        wake(self / warp_size * warp_size, warp_size);
     }
-    swapcontext(&lanes[self].context, &scheduler);
+    wait();
     return meeting.brought[buffer];
+}
+
+// A warp whose lanes are at different places never completes: the lanes that wait then keep the block from ending.
+void meet_block(int line) {
+    if (line == missing_line) return;
+    if (++arrived_in_block == lanes.size()) {
+        arrived_in_block = 0;
+        draw_ranks();
+        wake(0, lanes.size());
+    }
+    wait();
+}
+
+int lane() {
+    return static_cast<int>(current % warp_size);
 }
 
 void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
@@ -112,7 +155,10 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
     for (unsigned b = 0; b < grid.x; ++b) {
         blockIdx = dim3(b);
         meetings.assign(block.x / warp_size, Meeting{});
+        arrived_in_block = 0;
         std::fill_n(shared_memory, shared_capacity, 0xff);
+        draw_ranks();
+        ready.clear();
         for (unsigned t = 0; t < block.x; ++t) start_lane(t, dim3(t));
         run_block();
     }
@@ -125,4 +171,7 @@ extern "C" void simt_set_shared_limit(size_t bytes) {
 }
 extern "C" void simt_set_seed(unsigned seed) {
     simt::shuffle.seed(seed);
+}
+extern "C" void simt_set_missing_barrier(int line) {
+    simt::missing_line = line;
 }
