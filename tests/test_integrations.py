@@ -390,14 +390,11 @@ def test_bad_input_is_named() -> None:
         matcher(outputs, [targets[0], {**targets[1], "labels": torch.tensor([0, NUM_CLASSES])}])
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: ours.HungarianMatcher(0, 0, 0),
-        lambda: rt_detr.HungarianMatcher(dict.fromkeys(WEIGHTS, 0.0)),
-        lambda: rf_detr.HungarianMatcher(0, 0, 0),
-    ],
-)
-def test_no_weight_at_all_is_refused(make: Callable[[], nn.Module]) -> None:
-    with pytest.raises(ValueError, match="one of the costs of class, bbox and giou must not be 0"):
-        make()
+def test_no_weight_at_all_is_refused() -> None:
+    for kind, weights in (
+        (ours.HungarianMatcher, (0, 0, 0)),
+        (rt_detr.HungarianMatcher, (dict.fromkeys(WEIGHTS, 0.0),)),
+        (rf_detr.HungarianMatcher, (0, 0, 0)),
+    ):
+        with pytest.raises(ValueError, match="one of the costs of class, bbox and giou must not be 0"):
+            kind(*weights)

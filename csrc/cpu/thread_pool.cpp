@@ -9,6 +9,7 @@
 #include <mutex>
 #include <system_error>
 #include <thread>
+#include <utility>
 
 #if defined(_WIN32)
 #include <process.h>
@@ -48,7 +49,8 @@ class Job {
     void wait_for_helpers() {
         std::unique_lock<std::mutex> lock(mutex_);
         left_.wait(lock, [this] { return helpers_.load() == 0; });
-        if (error_) std::rethrow_exception(error_);
+        // Moved, so that the caller alone holds it: a helper may be the last to let go of the job.
+        if (error_) std::rethrow_exception(std::move(error_));
     }
 
   private:
