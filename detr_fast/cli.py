@@ -51,7 +51,7 @@ def _mistakes() -> tuple[type[Exception], ...]:
     from detr_fast.checkpoint import CheckpointError
     from detr_fast.finite import NonFiniteLossError
 
-    return CheckpointError, NonFiniteLossError, ValueError, OSError
+    return CheckpointError, NonFiniteLossError, ModuleNotFoundError, ValueError, OSError
 
 
 @app.callback()
@@ -73,11 +73,13 @@ def info(as_json: AsJson = False) -> None:
 def demo(
     minutes: Annotated[float, typer.Option(min=0, help="training time")] = 10,
     output: Annotated[Path, typer.Option(help="folder for pictures, curves and checkpoint")] = Path("demo"),
+    seed: Annotated[int, typer.Option(help="of the weights and the scenes")] = 0,
+    device: Device = "auto",
 ) -> None:
     """Train on handwritten digits in photographs that ship with scikit-learn, and draw what was learnt."""
     from detr_fast.demo import run_demo
 
-    run_demo(minutes=minutes, output=output)
+    run_demo(minutes=minutes, output=output, seed=seed, device=device)
 
 
 def train(**options: Any) -> None:

@@ -208,7 +208,15 @@ def test_demo_passes_its_options_on(run: Run, tmp_path: Path, monkeypatch: pytes
     seen: list[dict[str, object]] = []
     monkeypatch.setattr(demo, "run_demo", lambda **options: seen.append(options))
     assert run("demo", "--minutes", 0.5, "--output", tmp_path / "d").code == 0
-    assert seen == [{"minutes": 0.5, "output": tmp_path / "d"}]
+    assert seen == [{"minutes": 0.5, "output": tmp_path / "d", "seed": 0, "device": "auto"}]
+
+
+def test_demo_without_scikit_learn_says_what_to_install(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    pytest.importorskip("detr_fast.data.digits")._digits.cache_clear()
+    assert_one_line(run("demo", "--output", tmp_path / "d"), "pip install scikit-learn")
 
 
 # ---- mistakes
