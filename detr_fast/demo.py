@@ -215,21 +215,13 @@ class _Demo:
             log_every=5,
         )
         options = OptimConfig(epochs=epochs, lr=LEARNING_RATE, lr_backbone=LEARNING_RATE)
-        loader = _train_loader(updates, epochs, self.seed)
+        model, loader = self.state.model, _train_loader(updates, epochs, self.seed)
         self.display.note(
             self._introduction(f"{seconds / 60:g} minutes" if max_steps is None else f"{max_steps} updates")
         )
         with self.signals:
             try:
-                fit(
-                    self.state.model,
-                    self.criterion,
-                    loader,
-                    options,
-                    state=self.state,
-                    on_epoch=self._on_epoch,
-                    hooks=hooks,
-                )
+                fit(model, self.criterion, loader, options, state=self.state, on_epoch=self._on_epoch, hooks=hooks)
             except Interrupted:
                 self._save()
                 self.display.note("stopped: drawing what was learnt so far")
@@ -341,17 +333,23 @@ def _prepare(folder: Path) -> Path:
 
 @contextmanager
 def _all_cores() -> Iterator[None]:
-    """Let torch use every core that this process may, unless OMP_NUM_THREADS says how many.
+    """Let torch use every core but those that draw scenes, unless OMP_NUM_THREADS says how many.
 
-    By default it takes one thread for two cores that share their arithmetic units.
+    One thread too many is costly: torch's threads wait for each other many times an update, and one that has lost its
+    core to another process stops them all. On two busy cores, two threads did a twelfth of the updates of one.
     """
     before = torch.get_num_threads()
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min(_cores(), MOST_THREADS))
+        torch.set_num_threads(max(1, min(_cores() - _workers(), MOST_THREADS)))
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _workers() -> int:
+    # Drawing the scenes takes a fifth of the time that one thread trains on them, so a few processes keep up.
+    return 0 if _cores() == 1 else min(4, 1 + _cores() // 8)
 
 
 def _cores() -> int:
@@ -366,8 +364,7 @@ def _args(optim: OptimConfig, seed: int) -> dict[str, Any]:
 
 def _train_loader(updates: int, epochs: int, seed: int) -> DataLoader[Any]:
     length = updates * BATCH_SIZE
-    # Drawing the scenes takes a fifth of the time that training on them does, so a few processes keep up.
-    workers = min(4, _cores() - 1)
+    workers = _workers()
     return DataLoader(
         DigitScenes("train", length * epochs, size=SIZE, seed=seed),
         BATCH_SIZE,
