@@ -31,14 +31,19 @@ T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-// Returns the outcome of every problem.
-std::vector<int32_t> assignment_cpu(uintptr_t cost, bool is_double, const Triple& sizes, const Triple& strides,
-                                    const Counts& num_targets, uintptr_t query_of_target, int threads) {
+// Returns the first problem that has another outcome than being solved, and that outcome; None where there is none.
+py::object assignment_cpu(uintptr_t cost, bool is_double, const Triple& sizes, const Triple& strides,
+                          const Counts& num_targets, uintptr_t query_of_target, int threads) {
     std::vector<int32_t> outcome(num_targets.size());
-    const py::gil_scoped_release release;
-    detr_fast_assignment_cpu(at<const void>(cost), is_double, sizes.data(), strides.data(), num_targets.data(),
-                             at<int64_t>(query_of_target), outcome.data(), threads);
-    return outcome;
+    {
+        const py::gil_scoped_release release;
+        detr_fast_assignment_cpu(at<const void>(cost), is_double, sizes.data(), strides.data(), num_targets.data(),
+                                 at<int64_t>(query_of_target), outcome.data(), threads);
+    }
+    for (size_t p = 0; p < outcome.size(); ++p) {
+        if (outcome[p] != 0) return py::make_tuple(p, outcome[p]);
+    }
+    return py::none();
 }
 
 using Addresses = std::vector<uintptr_t>;

@@ -1,19 +1,96 @@
 #include "assignment.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "../core/lsap.h"
+#include "priced_lsap.h"
+#include "slot_lsap.h"
 #include "solver.h"
 #include "thread_pool.h"
 
 namespace detr_fast {
 
-DETR_FAST_CLONES Outcome solve(const CostMatrix<float>& cost, const Assignment& a) {
-    return solve_assignment(OneThread{}, cost, a);
+namespace {
+
+template <typename Cost>
+void write_matching(const int32_t* column_of_row, const CostMatrix<Cost>& cost, bool rows_are_targets,
+                    int64_t* query_of_target) {
+    if (rows_are_targets) {
+        std::copy_n(column_of_row, cost.rows, query_of_target);
+        return;
+    }
+    std::fill_n(query_of_target, cost.columns, -1);
+    for (int32_t i = 0; i < cost.rows; ++i) query_of_target[column_of_row[i]] = i;
 }
 
-DETR_FAST_CLONES Outcome solve(const CostMatrix<double>& cost, const Assignment& a) {
-    return solve_assignment(OneThread{}, cost, a);
+template <typename Cost>
+Outcome solve_by_columns(const CostMatrix<Cost>& cost, bool rows_are_targets, void* memory, int64_t* query_of_target) {
+    const Assignment a = Assignment::within(memory, cost.rows, cost.columns);
+    const Outcome outcome = solve_assignment(OneThread{}, cost, a);
+    if (outcome != Outcome::solved) return outcome;
+    write_matching(a.column_of_row, cost, rows_are_targets, query_of_target);
+    return outcome;
+}
+
+#if defined(DETR_FAST_HAS_FLOATS)
+template <typename Cost>
+Outcome solve_by_slots(const CostMatrix<Cost>& cost, bool rows_are_targets, void* memory, int64_t* query_of_target) {
+    constexpr int64_t forever = std::numeric_limits<int64_t>::max();
+    SlotAssignment<Cost> slots(cost, memory);
+    if (!slots.start()) return Outcome::invalid;
+    bool paused = false;
+    Outcome outcome = slots.match_rows(slots.rows_want_the_same() ? 2 * cost.rows : forever, paused);
+    if (paused) {
+        auto* after_slots = static_cast<unsigned char*>(memory) + SlotAssignment<Cost>::bytes(cost.rows, cost.columns);
+        PricedAssignment<Cost> priced(cost, after_slots);
+        if (priced.solve()) {
+            write_matching(priced.column_of_row(), cost, rows_are_targets, query_of_target);
+            return Outcome::solved;
+        }
+        outcome = slots.match_rows(forever, paused);
+    }
+    if (outcome == Outcome::solved) {
+        write_matching(slots.column_of_row(), cost, rows_are_targets, query_of_target);
+    }
+    return outcome;
+}
+#endif
+
+template <typename Cost>
+Outcome solve_quickest(const CostMatrix<Cost>& cost, bool rows_are_targets, void* memory, int64_t* query_of_target) {
+#if defined(DETR_FAST_HAS_FLOATS)
+    if (SlotAssignment<Cost>::is_quicker(cost.rows, cost.columns)) {
+        return solve_by_slots(cost, rows_are_targets, memory, query_of_target);
+    }
+#endif
+    return solve_by_columns(cost, rows_are_targets, memory, query_of_target);
+}
+
+template <typename Cost>
+size_t memory_for(int64_t rows, int64_t columns) {
+    size_t bytes = Assignment::bytes(rows, columns);
+#if defined(DETR_FAST_HAS_FLOATS)
+    const size_t quicker = SlotAssignment<Cost>::bytes(rows, columns) + PricedAssignment<Cost>::bytes(rows, columns);
+    bytes = std::max(bytes, quicker);
+#endif
+    return bytes;
+}
+
+}  // namespace
+
+size_t solver_memory(bool is_double, int64_t rows, int64_t columns) {
+    return is_double ? memory_for<double>(rows, columns) : memory_for<float>(rows, columns);
+}
+
+DETR_FAST_CLONES Outcome solve(const CostMatrix<float>& cost, bool rows_are_targets, void* memory,
+                               int64_t* query_of_target) {
+    return solve_quickest(cost, rows_are_targets, memory, query_of_target);
+}
+
+DETR_FAST_CLONES Outcome solve(const CostMatrix<double>& cost, bool rows_are_targets, void* memory,
+                               int64_t* query_of_target) {
+    return solve_quickest(cost, rows_are_targets, memory, query_of_target);
 }
 
 namespace {
@@ -46,7 +123,7 @@ void solve_problem(const Batch& batch, const Cost* cost, int64_t p) {
 
     static thread_local Scratch scratch;
     const bool in_place = column_stride == 1;
-    const size_t state = Assignment::bytes(rows, columns);
+    const size_t state = solver_memory(sizeof(Cost) == sizeof(double), rows, columns);
     const size_t tile = in_place ? 0 : static_cast<size_t>(rows * columns) * sizeof(Cost);
     unsigned char* memory = scratch.reserve(state + tile);
     CostMatrix<Cost> matrix{cost + p * batch.strides[0], row_stride, static_cast<int32_t>(rows),
@@ -61,12 +138,7 @@ void solve_problem(const Batch& batch, const Cost* cost, int64_t p) {
         matrix.row_stride = columns;
     }
 
-    const Assignment a = Assignment::within(memory, rows, columns);
-    const Outcome outcome = solve(matrix, a);
-    batch.outcome[p] = static_cast<int32_t>(outcome);
-    if (outcome == Outcome::solved) {
-        std::copy_n(rows_are_targets ? a.column_of_row : a.row_of_column, targets, out);
-    }
+    batch.outcome[p] = static_cast<int32_t>(solve(matrix, rows_are_targets, memory, out));
     scratch.release_if_large();
 }
 

@@ -34,7 +34,7 @@ int64_t match(const ImageLayer<Real>& image, const detr_fast_cost_weights& weigh
     const bool rows_are_targets = targets < queries;
     const int64_t rows = std::min(targets, queries);
     const int64_t columns = std::max(targets, queries);
-    const size_t state = aligned(Assignment::bytes(rows, columns));
+    const size_t state = aligned(solver_memory(sizeof(Real) == sizeof(double), rows, columns));
     const size_t scratch = aligned(static_cast<size_t>(cost_tile_scratch(queries, targets)) * sizeof(Real));
     const size_t tile_bytes = aligned(static_cast<size_t>(targets * queries) * sizeof(Real));
     unsigned char* at = memory.reserve(state + scratch + tile_bytes * (rows_are_targets ? 1 : 2));
@@ -47,9 +47,7 @@ int64_t match(const ImageLayer<Real>& image, const detr_fast_cost_weights& weigh
         transpose(tile, targets, queries, transposed);
         cost.entries = transposed;
     }
-    const Assignment a = Assignment::within(at, rows, columns);
-    solve(cost, a);  // every cost is finite, so that there is a solution
-    std::copy_n(rows_are_targets ? a.column_of_row : a.row_of_column, targets, query_of_target);
+    solve(cost, rows_are_targets, at, query_of_target);  // every cost is finite, so that there is a solution
     memory.release_if_large();
     return unusable;
 }

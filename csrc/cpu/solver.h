@@ -43,7 +43,11 @@ class Scratch {
     size_t capacity_ = 0;
 };
 
-Outcome solve(const CostMatrix<float>& cost, const Assignment& a);
-Outcome solve(const CostMatrix<double>& cost, const Assignment& a);
+// Bytes that solve() works in.
+size_t solver_memory(bool is_double, int64_t rows, int64_t columns);
+
+// Writes each target's query, -1 where there is none, unless the outcome is another than `solved`.
+Outcome solve(const CostMatrix<float>& cost, bool rows_are_targets, void* memory, int64_t* query_of_target);
+Outcome solve(const CostMatrix<double>& cost, bool rows_are_targets, void* memory, int64_t* query_of_target);
 
 }  // namespace detr_fast

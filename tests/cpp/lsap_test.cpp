@@ -5,6 +5,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <limits>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -12,6 +13,8 @@
 #include <vector>
 
 #include "assignment.h"
+#include "priced_lsap.h"
+#include "slot_lsap.h"
 #include "thread_pool.h"
 
 using detr_fast::Assignment;
@@ -68,6 +71,46 @@ void test_certificates() {
     }
 }
 
+// The solvers of the CPU against the one text for all devices, which makes the same choices.
+template <typename Cost>
+void test_quicker_solvers() {
+    std::mt19937 random(std::random_device{}());
+    int unique = 0;
+    for (int round = 0; round < 600; ++round) {
+        const int rows = 1 + static_cast<int>(random() % 40);
+        const int columns = rows + static_cast<int>(random() % (round % 3 == 0 ? 3 : 120));
+        auto costs = random_costs(random, rows, columns, round % 2 == 0);
+        for (double& cost : costs) {
+            if (round % 5 == 0 && random() % 4 == 0) cost = std::numeric_limits<double>::infinity();
+        }
+        const std::vector<Cost> entries(costs.begin(), costs.end());
+        const CostMatrix<Cost> cost{entries.data(), columns, rows, columns};
+        std::vector<unsigned char> expected_memory(Assignment::bytes(rows, columns), 0xff);
+        const Assignment expected = Assignment::within(expected_memory.data(), rows, columns);
+        const Outcome expected_outcome = detr_fast::solve_assignment(detr_fast::OneThread{}, cost, expected);
+
+        // Exactly the bytes it asks for here too.
+        std::vector<unsigned char> memory(detr_fast::SlotAssignment<Cost>::bytes(rows, columns), 0xff);
+        detr_fast::SlotAssignment<Cost> found(cost, memory.data());
+        require(found.start(), "every cost is a number");
+        bool paused = true;
+        Outcome outcome = Outcome::solved;
+        while (paused && outcome == Outcome::solved) outcome = found.match_rows(random() % 100, paused);
+        require(outcome == expected_outcome, "both solvers come to the same outcome");
+        if (outcome != Outcome::solved) continue;
+        const int32_t* column_of_row = found.column_of_row();
+        for (int i = 0; i < rows; ++i) require(column_of_row[i] == expected.column_of_row[i], "the columns agree");
+
+        std::vector<unsigned char> priced_memory(detr_fast::PricedAssignment<Cost>::bytes(rows, columns), 0xff);
+        detr_fast::PricedAssignment<Cost> priced(cost, priced_memory.data());
+        if (!priced.solve()) continue;
+        ++unique;
+        column_of_row = priced.column_of_row();
+        for (int i = 0; i < rows; ++i) require(column_of_row[i] == expected.column_of_row[i], "the one best is found");
+    }
+    require(unique > 100, "problems without ties have one best matching");
+}
+
 std::vector<int64_t> solve_batch(const std::vector<double>& costs, int threads) {
     constexpr int64_t problems = 48, queries = 60, targets = 25;
     const int64_t sizes[3] = {problems, queries, targets};
@@ -113,6 +156,8 @@ void test_exceptions_reach_the_caller() {
 
 int main() {
     test_certificates();
+    test_quicker_solvers<float>();
+    test_quicker_solvers<double>();
     test_callers_at_once();
     test_exceptions_reach_the_caller();
     return 0;

@@ -1,4 +1,4 @@
-"""The assignment by csrc/core/lsap.h: on the CPU a thread a problem, on CUDA a warp."""
+"""The assignment natively: on the CPU a thread a problem (csrc/cpu), on CUDA a warp (csrc/cuda)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from detr_fast.ops import _native
 from detr_fast.ops.assignment.reference import check_numbers, infeasible
 
-SOLVED, INFEASIBLE, INVALID = 0, 1, 2  # Outcome in csrc/core/lsap.h
+INVALID = 2  # of Outcome in csrc/core/lsap.h
 
 
 def why_not(cost: Tensor) -> str | None:
@@ -18,30 +18,27 @@ def why_not(cost: Tensor) -> str | None:
 
 
 def assignment_native(cost: Tensor, num_targets: Sequence[int]) -> Tensor:
-    return (_on_cuda if cost.is_cuda else _on_cpu)(cost.detach(), list(num_targets))
+    return _on_cuda(cost.detach(), list(num_targets)) if cost.is_cuda else _on_cpu(cost, num_targets)
 
 
-def _on_cpu(cost: Tensor, num_targets: list[int]) -> Tensor:
-    query_of_target = cost.new_empty((cost.shape[0], cost.shape[2]), dtype=torch.int64)  # [P, T]
-    outcomes = _native.module().assignment_cpu(
+def _on_cpu(cost: Tensor, num_targets: Sequence[int]) -> Tensor:
+    shape = cost.shape
+    query_of_target = cost.new_empty((shape[0], shape[2]), dtype=torch.int64)  # [P, T]
+    unsolved = _native.module().assignment_cpu(
         cost.data_ptr(),
         cost.dtype == torch.float64,
-        tuple(cost.shape),
+        shape,
         cost.stride(),
         num_targets,
         query_of_target.data_ptr(),
         torch.get_num_threads(),
     )
-    if any(outcomes):
-        _raise_for_first(outcomes, cost, num_targets)
+    if unsolved is not None:
+        problem, outcome = unsolved
+        if outcome == INVALID:
+            check_numbers(cost.detach()[problem, :, : num_targets[problem]], problem)
+        raise ValueError(infeasible(problem))
     return query_of_target
-
-
-def _raise_for_first(outcomes: list[int], cost: Tensor, num_targets: list[int]) -> None:
-    problem = next(p for p, outcome in enumerate(outcomes) if outcome != SOLVED)
-    if outcomes[problem] == INVALID:
-        check_numbers(cost[problem, :, : num_targets[problem]], problem)
-    raise ValueError(infeasible(problem))
 
 
 def _on_cuda(cost: Tensor, num_targets: list[int]) -> Tensor:
