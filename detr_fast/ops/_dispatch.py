@@ -42,7 +42,9 @@ class Op:
             NotImplementedError: it cannot run these tensors; the message says why.
         """
         if backend is None:
-            return next(i for i in self.implementations if i.why_not(*tensors) is None)
+            for implementation in self.implementations:
+                if implementation.why_not(*tensors) is None:
+                    return implementation
         chosen = next((i for i in self.implementations if i.name == backend), None)
         if chosen is None:
             names = ", ".join(repr(i.name) for i in self.implementations)

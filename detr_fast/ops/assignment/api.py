@@ -55,13 +55,12 @@ def _check(cost: Tensor, num_targets: Sequence[int]) -> None:
         raise ValueError(f"cost must be [P, Q, T], got {tuple(cost.shape)}")
     if cost.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"cost must be float32 or float64, got {cost.dtype}")
-    if len(num_targets) != cost.shape[0]:
-        raise ValueError(
-            f"num_targets must have one count for each of the {cost.shape[0]} problems, got {len(num_targets)}"
-        )
+    problems, _, targets = cost.shape
+    if len(num_targets) != problems:
+        raise ValueError(f"num_targets must have one count for each of the {problems} problems, got {len(num_targets)}")
     for problem, count in enumerate(num_targets):
-        if not 0 <= count <= cost.shape[2]:
-            raise ValueError(f"num_targets[{problem}] must be in [0, {cost.shape[2]}], got {count}")
+        if not 0 <= count <= targets:
+            raise ValueError(f"num_targets[{problem}] must be in [0, {targets}], got {count}")
 
 
 # The counts are SymInt, so that a graph that torch compiles holds for other counts too.
