@@ -137,9 +137,7 @@ class SlotAssignment {
     DETR_FAST_INLINE void clear() {
         slots_ = direct_ ? cost_.columns : 0;
         next_row_ = 0;
-        if (direct_) {
-            for (int32_t j = 0; j < cost_.columns; ++j) column_of_slot_[j] = j;
-        }
+        for (int32_t s = 0; s < slots_; ++s) column_of_slot_[s] = s;
         scan_.is_built = false;
         std::fill_n(price_, pitch_, -infinity);
         std::fill_n(row_price_, cost_.rows, 0.0);
@@ -269,10 +267,7 @@ class SlotAssignment {
             if (lowest_stale <= lowest_free && lowest_stale <= lowest.value) {
                 num_stale = renew(num_stale, lowest.value, lowest_free, lowest_stale);
             }
-            if (lowest_free <= lowest.value) {
-                if (!(lowest_free < infinity)) return {infinity, -1, -1, k};
-                return end_of_path(lowest_free, k);
-            }
+            if (lowest_free <= lowest.value) return end_of_path(lowest_free, k);
             const int32_t column = scan_.column_at[lowest.index];
             const int32_t slot = scan_.slot_of_column[column];
             scan_.close(column, k);
@@ -309,6 +304,7 @@ class SlotAssignment {
 
     // Of the free columns that are `length` away, SciPy takes the one it scans last.
     DETR_FAST_INLINE Path end_of_path(double length, int32_t closed) const {
+        if (!(length < infinity)) return {infinity, -1, -1, closed};
         int32_t last = -1;
         for (int32_t k = 0; k <= closed; ++k) {
             if (bound_[k] == length) last = std::max(last, last_scanned_at(length, k));
