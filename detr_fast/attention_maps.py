@@ -195,8 +195,9 @@ def draw_attention(maps: AttentionMaps, path: str | Path | None = None) -> Figur
 def _draw_overview(axes: Axes, maps: AttentionMaps, shown: Image.Image) -> None:
     found = maps.prediction
     scale = shown.width / maps.image.width
-    boxes = found.boxes_xyxy_px * scale
-    _show(axes, maps, draw_boxes(shown, boxes, found.labels.tolist(), found.names, found.scores.tolist()))
+    boxes, labels, scores = found.boxes_xyxy_px * scale, found.labels.tolist(), found.scores.tolist()
+    # A small picture is enlarged, or its labels would cover it.
+    _show(axes, maps, draw_boxes(shown, boxes, labels, found.names, scores, min_size=FIGURE_IMAGE_PX // 2))
     for i, point in enumerate(maps.points_px):
         _draw_point(axes, point, str(i + 1))
     axes.set_title("detections and points" if len(found) else "no detection above the threshold", fontsize=11)
