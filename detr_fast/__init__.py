@@ -1,5 +1,7 @@
 """DETR as an installable library: the original's model, matcher and criterion on custom kernels."""
 
+from typing import Any
+
 from detr_fast.build import build_model, model_from_checkpoint
 from detr_fast.criterion import SetCriterion
 from detr_fast.data.batch import ImageBatch
@@ -31,6 +33,7 @@ __all__ = [
     "PositionEmbeddingLearned",
     "PositionEmbeddingSine",
     "PostProcess",
+    "Predictor",
     "SetCriterion",
     "Transformer",
     "build_model",
@@ -40,3 +43,12 @@ __all__ = [
     "detr_resnet101_dc5",
     "model_from_checkpoint",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when it is asked for: it needs pillow, which training scripts with their own data do not.
+    if name == "Predictor":
+        from detr_fast.predictor import Predictor
+
+        return Predictor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -30,8 +30,8 @@ LAYERS = (
     ("detr_fast.cli", "detr_fast.__main__"),
 )
 TOOLS = LAYERS.index(())
-# The package itself re-exports everything up to build_model.
-PACKAGE_LAYER = TOOLS - 1
+# The package itself re-exports everything up to build_model, and on demand a tool.
+PACKAGE_LAYER = TOOLS
 
 # Only loaded by those who ask for what needs them.
 ON_DEMAND = ("PIL", "hotcoco", "matplotlib", "pycocotools", "rich", "sklearn", "torchvision", "transformers")

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from stand_ins import Fixed, noise, one_box, small_detr, tiny_args
 
+import detr_fast
 from detr_fast.build import model_from_args
 from detr_fast.checkpoint import CheckpointError, save_checkpoint
 from detr_fast.data.images import ImageError
@@ -169,3 +170,9 @@ def test_from_checkpoint_has_names_and_sizes(tmp_path: Path) -> None:
     assert not torch.equal(other.scores, found.scores)
     with pytest.raises(CheckpointError, match="nothing.pth"):
         Predictor.from_checkpoint(tmp_path / "nothing.pth")
+
+
+def test_the_package_has_it_on_demand() -> None:
+    assert detr_fast.Predictor is Predictor
+    with pytest.raises(AttributeError, match="no attribute 'Predicter'"):
+        _ = detr_fast.Predicter

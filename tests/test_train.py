@@ -19,7 +19,6 @@ from training_data import NAMES, SMALL_MODEL, config, write_coco
 from detr_fast import train as train_module
 from detr_fast.build import model_from_checkpoint
 from detr_fast.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from detr_fast.config import OptimConfig
 from detr_fast.data.annotations import AnnotationError
 from detr_fast.finite import NonFiniteLossError
 from detr_fast.fit import EpochReport, Interrupted, StepReport
@@ -310,21 +309,3 @@ def test_progress_elsewhere_is_a_line_an_epoch() -> None:
         progress.epoch(EPOCH, {})
     assert screen.getvalue().splitlines() == [screen.getvalue().strip()]
     assert screen.getvalue().startswith("epoch 3/300  loss 1.500  30.0 img/s")
-
-
-@pytest.mark.parametrize("amp", [False, True])
-def test_two_steps_on_real_images(shared_data: Path, tmp_path: Path, amp: bool) -> None:
-    coco = shared_data / "coco200"
-    contents = json.loads((coco / "annotations" / "instances_train2017.json").read_text())
-    contents["images"] = contents["images"][:4]
-    ids = {image["id"] for image in contents["images"]}
-    contents["annotations"] = [entry for entry in contents["annotations"] if entry["image_id"] in ids]
-    annotations = tmp_path / "some.json"
-    annotations.write_text(json.dumps(contents))
-    images = coco / "images" / "train2017"
-    data = {"train_images": images, "train_annotations": annotations}
-    data |= {"val_images": images, "val_annotations": annotations}
-    optim = {"epochs": 1, "amp": amp, "lr": OptimConfig().lr}
-    result = train(config(tmp_path, optim=optim, scales=(64, 96), max_size=128, **data))
-    assert result.state.step == 2
-    assert len(load_checkpoint(result.output / "checkpoint.pth")["categories"]) == 80

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +11,6 @@ from distributed_worker import Case, gradients, not_finite, refused, resumed, ru
 from small import small_detr
 from torch import Tensor
 from training_data import samples
-
-from detr_fast.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo")
 
@@ -107,57 +100,3 @@ def test_unequal_numbers_of_batches_are_refused(results: list[Any]) -> None:
     """They would wait for each other for ever."""
     for found in results:
         assert "same number of batches on every process, got [2, 6]" in found["refused"]
-
-
-def some_of(annotations: Path, count: int, target: Path) -> Path:
-    contents = json.loads(annotations.read_text())
-    contents["images"] = contents["images"][:count]
-    ids = {image["id"] for image in contents["images"]}
-    contents["annotations"] = [entry for entry in contents["annotations"] if entry["image_id"] in ids]
-    target.write_text(json.dumps(contents))
-    return target
-
-
-def torchrun(arguments: list[str], tmp_path: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
-    command += ["-m", "detr_fast", *arguments]
-    return subprocess.run(
-        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
-    )
-
-
-SMALL = {
-    "backbone": "tiny",
-    "hidden-dim": 16,
-    "nheads": 2,
-    "enc-layers": 1,
-    "dec-layers": 2,
-    "dim-feedforward": 16,
-    "num-queries": 20,
-    "scales": "64,96",
-    "max-size": 128,
-    "batch-size": 2,
-    "num-workers": 0,
-    "device": "cpu",
-}
-
-
-def test_torchrun_trains_on_real_images(shared_data: Path, tmp_path: Path) -> None:
-    coco = shared_data / "coco200"
-    arguments = ["train", "--output", str(tmp_path / "out")]
-    arguments += [text for name, value in SMALL.items() for text in (f"--{name}", str(value))]
-    for split, count in (("train", 9), ("val", 5)):
-        source = coco / "annotations" / f"instances_{split}2017.json"
-        arguments += [f"--{split}-annotations", str(some_of(source, count, tmp_path / f"{split}.json"))]
-        arguments += [f"--{split}-images", str(coco / "images" / f"{split}2017")]
-
-    ended = torchrun([*arguments, "--epochs", "2"], tmp_path)
-    assert ended.returncode == 0, ended.stderr
-    lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == [0, 1]
-    assert len(lines[1]["coco_bbox"]) == 12
-    assert ended.stdout.count("epoch 1/2") == 1  # the other process is silent
-    checkpoint = load_checkpoint(tmp_path / "out" / "checkpoint.pth")
-    assert len(checkpoint["random_state"]) == 2
-    assert checkpoint["step"] == 2 * 2  # 9 images, 10 with the sampler's repetition: 5 a process, 2 whole batches
