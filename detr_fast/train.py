@@ -315,7 +315,10 @@ def _load_starting_weights(model: Any, config: TrainConfig, progress: TrainProgr
         reset = load_weights(model, weights, reset_class_head=config.reset_class_head)
         progress.note(f"weights from {config.pretrained}" + (f"; started anew: {', '.join(reset)}" if reset else ""))
     elif config.backbone_weights != "none" and config.model.backbone in IMAGENET_URLS:
-        load_backbone_weights(model, config.model.backbone, config.backbone_weights)
+        try:
+            load_backbone_weights(model, config.model.backbone, config.backbone_weights)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; --backbone-weights takes a file of them, or none") from error
         progress.note(f"backbone from {config.backbone_weights}")
     if is_main():
         barrier()

@@ -184,6 +184,20 @@ def test_starting_from_other_weights(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert state.model.state_dict()["class_embed.bias"].shape == (7,)
 
 
+def test_a_download_that_fails_stops_the_run_and_says_what_else_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_network(*_: object, **__: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
+    resnet = replace(SMALL_MODEL, backbone="resnet18")
+    with pytest.raises(CheckpointError, match="no route to host; --backbone-weights takes a file of them, or none"):
+        train(config(tmp_path, model=resnet))
+    assert not (tmp_path / "out" / "checkpoint.pth").exists()
+    assert train(config(tmp_path, model=resnet, backbone_weights="none", optim={"epochs": 1})).state.step > 0
+
+
 def test_best_checkpoint_and_regular_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     give_scores(monkeypatch, [0.1, 0.3, 0.2, 0.3])
     result = train(config(tmp_path, optim={"epochs": 4}, save_every=2))
