@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -128,9 +128,11 @@ class SetCriterion(nn.Module):
 
     def _match(self, layers: Sequence[dict[str, Any]], targets: Sequence[Target]) -> list[Indices]:
         """The matched pairs of every decoder layer; in one call where the matcher can do that."""
-        if not isinstance(self.matcher, HungarianMatcher):
+        # A subclass that matches in its own way is asked layer by layer, as in the original.
+        if type(self.matcher).forward is not HungarianMatcher.forward:
             return [self.matcher({k: v for k, v in layer.items() if k != "aux_outputs"}, targets) for layer in layers]
-        queries = self.matcher.match_layers(layers, targets, validate=False)  # [L, N]
+        matcher = cast(HungarianMatcher, self.matcher)
+        queries = matcher.match_layers(layers, targets, validate=False)  # [L, N]
         queries = queries.cpu()  # what is below indexes with tensors of the host
         counts = [len(target["labels"]) for target in targets]
         return [[matched_pairs(image) for image in layer.split(counts)] for layer in queries]

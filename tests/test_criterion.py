@@ -97,3 +97,21 @@ def test_targets_that_another_check_has_passed_need_not_be_checked() -> None:
         small_criterion()(random_outputs(2), targets)
     losses = small_criterion(validate=False)(random_outputs(2), targets)
     assert all(loss.isfinite() for loss in losses.values())
+
+
+def test_a_matcher_of_ones_own_is_asked_for_every_layer() -> None:
+    class FirstQueries(HungarianMatcher):
+        calls = 0
+
+        def forward(self, outputs: dict, targets: list) -> list:
+            FirstQueries.calls += 1
+            return [(torch.arange(len(t["labels"])), torch.arange(len(t["labels"]))) for t in targets]
+
+    outputs, targets = random_outputs(2), random_targets([2, 1])
+    outputs["aux_outputs"] = [random_outputs(2)]
+    criterion = SetCriterion(5, FirstQueries(), {}, 0.1, ["boxes"])
+    losses = criterion(outputs, targets)
+    assert FirstQueries.calls == 2
+    matched = torch.cat((outputs["pred_boxes"][0, :2], outputs["pred_boxes"][1, :1]))
+    expected = (matched - torch.cat([target["boxes"] for target in targets])).abs().sum() / 3
+    torch.testing.assert_close(losses["loss_bbox"], expected)
