@@ -6,7 +6,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from detr_fast.checkpoint import CheckpointError, load_checkpoint, load_weights
+from detr_fast.config import LossConfig, ModelConfig, OptimConfig
 from detr_fast.criterion import SetCriterion
 from detr_fast.matcher import HungarianMatcher
 from detr_fast.models.detr import Detr
@@ -31,26 +32,10 @@ IMAGENET_URLS = {
 
 # The original's defaults, for what a namespace or a checkpoint does not say.
 DEFAULTS: dict[str, Any] = {
-    "backbone": "resnet50",
-    "dilation": False,
-    "position_embedding": "sine",
-    "lr_backbone": 1e-5,
-    "hidden_dim": 256,
-    "nheads": 8,
-    "enc_layers": 6,
-    "dec_layers": 6,
-    "dim_feedforward": 2048,
-    "dropout": 0.1,
-    "pre_norm": False,
-    "num_queries": 100,
-    "aux_loss": True,
+    **asdict(ModelConfig()),
+    **asdict(LossConfig()),
+    "lr_backbone": OptimConfig().lr_backbone,
     "masks": False,
-    "set_cost_class": 1,
-    "set_cost_bbox": 5,
-    "set_cost_giou": 2,
-    "bbox_loss_coef": 5,
-    "giou_loss_coef": 2,
-    "eos_coef": 0.1,
     "dataset_file": "coco",
     "device": "cpu",
 }

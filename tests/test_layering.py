@@ -21,7 +21,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # a tool (training, evaluation, plots, and what they are made of).
 LAYERS = (
     ("detr_fast.ops",),
-    ("detr_fast.checkpoint", "detr_fast.data", "detr_fast.distributed"),
+    ("detr_fast.checkpoint", "detr_fast.config", "detr_fast.data", "detr_fast.distributed"),
     ("detr_fast.models",),
     ("detr_fast.targets", "detr_fast.matcher", "detr_fast.criterion", "detr_fast.postprocess"),
     ("detr_fast.build",),
