@@ -12,10 +12,11 @@ import torch
 from detr_fast.ops import _native
 from detr_fast.ops._dispatch import Op
 from detr_fast.ops.assignment.api import OP as ASSIGNMENT
+from detr_fast.ops.attention.api import OP as ATTENTION
 from detr_fast.ops.matching.api import OP as MATCHING
 from detr_fast.ops.matching_cost.api import OP as MATCHING_COST
 
-OPS = (MATCHING_COST, ASSIGNMENT, MATCHING)
+OPS = (ATTENTION, MATCHING_COST, ASSIGNMENT, MATCHING)
 
 PACKAGES = ("detr_fast", "torch", "numpy", "scipy", "triton", "torchvision", "pillow", "hotcoco", "safetensors")
 

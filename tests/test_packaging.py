@@ -93,18 +93,21 @@ def run_installed(source: Path, code: str) -> str:
 EVERY_OP = """
 import torch
 from detr_fast.info import OPS, collect_info
-from detr_fast.ops import CostWeights, PackedTargets, assignment, matching, matching_cost
+from detr_fast.ops import CostWeights, PackedTargets, TokenOffsets, assignment, attention, matching, matching_cost
 
 logits, boxes = torch.tensor([[[[0.0, 9.0], [9.0, 0.0], [0.0, 9.0]]]]), torch.full((1, 1, 3, 4), 0.5)  # [L, B, Q, ...]
 targets = PackedTargets(torch.tensor([0]), torch.full((1, 4), 0.5), [1])
+tokens, offsets = torch.ones(3, 1, 16), TokenOffsets.of([1, 2], "cpu")
 runs = {
+    "attention": lambda: bool((attention(tokens, tokens, tokens, offsets, offsets) == 1).all()),
     "assignment": lambda: assignment(torch.tensor([[[2.0, 1.0], [1.0, 3.0], [5.0, 5.0]]]), [2]).tolist() == [[1, 0]],
     "matching": lambda: matching(logits, boxes, targets).query_of_target.tolist() == [[1]],
     "matching_cost": lambda: matching_cost(logits, boxes, targets).cost.argmin().item() == 1,
 }
 assert {op.name for op in OPS} == set(runs), "this test runs every op"
 assert all(run() for run in runs.values())
-print({selections["cpu"]["takes"] for selections in collect_info()["ops"].values()})
+# PyTorch's own attention is there without any of ours.
+print({selections["cpu"]["takes"] for selections in collect_info()["ops"].values()} - {"sdpa"})
 """
 
 

@@ -2,12 +2,14 @@
 
 Letters in shapes, here and in the C++:
     B images, Q queries, C classes (logits have C + 1, no-object last), L decoder layers, D hidden size, H heads,
-    S memory tokens, N targets of the whole batch, T targets of one image, P problems (an image of a layer).
+    E head size, S memory tokens, N targets of the whole batch, T targets of one image, P problems (an image of a
+    layer).
 
 Bare ``boxes`` are cxcywh in [0, 1]; ``boxes_xyxy`` are corners in any unit. In masks True means padding.
 """
 
 from detr_fast.ops.assignment import assignment
+from detr_fast.ops.attention import TokenOffsets, attention, attention_weights
 from detr_fast.ops.boxes import (
     box_area,
     cxcywh_to_xyxy,
@@ -17,15 +19,20 @@ from detr_fast.ops.boxes import (
     pairwise_iou,
     xyxy_to_cxcywh,
 )
+from detr_fast.ops.dropout import Dropout
 from detr_fast.ops.matching import Matching, matching
 from detr_fast.ops.matching_cost import CostWeights, MatchingCost, PackedTargets, matching_cost
 
 __all__ = [
     "CostWeights",
+    "Dropout",
     "Matching",
     "MatchingCost",
     "PackedTargets",
+    "TokenOffsets",
     "assignment",
+    "attention",
+    "attention_weights",
     "box_area",
     "cxcywh_to_xyxy",
     "elementwise_giou",
