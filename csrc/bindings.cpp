@@ -8,9 +8,11 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
+#include "cpu/add_layer_norm.h"
 #include "cpu/assignment.h"
 #include "cpu/matching.h"
 #include "cpu/matching_cost.h"
@@ -96,6 +98,40 @@ void matching_cpu(const MatchingInputs& m, uintptr_t query_of_target, uintptr_t 
     detr_fast_matching_cpu(&inputs, &weights, at<int64_t>(query_of_target), at<int64_t>(nonfinite), threads);
 }
 
+using Rows = std::tuple<uintptr_t, int64_t, int32_t>;  // address, stride, dtype
+
+detr_fast_rows rows_of(const Rows& rows) {
+    return {at<const void>(std::get<0>(rows)), std::get<1>(rows), std::get<2>(rows)};
+}
+
+struct AddLayerNormInputs {
+    detr_fast_add_layer_norm inputs;
+
+    AddLayerNormInputs(const Pair& sizes, const Rows& x, const Rows& residual, uintptr_t weight, uintptr_t seed,
+                       int64_t threshold, double scale, bool is_double)
+        : inputs{sizes[0],  sizes[1], rows_of(x), rows_of(residual), at<const void>(weight), at<const int64_t>(seed),
+                 threshold, scale,    is_double} {}
+};
+
+void add_layer_norm_cpu(const AddLayerNormInputs& in, uintptr_t bias, double eps, const Rows& pos, int64_t pos_rows,
+                        uintptr_t y, uintptr_t y_pos, int32_t y_dtype, uintptr_t mean, uintptr_t rstd, int threads) {
+    const py::gil_scoped_release release;
+    const detr_fast_add_layer_norm_outputs outputs{
+        at<const void>(bias), eps,     rows_of(pos),   pos_rows,      at<void>(y),
+        at<void>(y_pos),      y_dtype, at<void>(mean), at<void>(rstd)};
+    detr_fast_add_layer_norm_cpu(&in.inputs, &outputs, threads);
+}
+
+void add_layer_norm_backward_cpu(const AddLayerNormInputs& in, const Rows& grad_y, const Rows& grad_y_pos,
+                                 uintptr_t mean, uintptr_t rstd, uintptr_t grad_x, uintptr_t grad_residual,
+                                 uintptr_t grad_weight, uintptr_t grad_bias, int threads) {
+    const py::gil_scoped_release release;
+    const detr_fast_add_layer_norm_gradients gradients{
+        rows_of(grad_y),  rows_of(grad_y_pos),     at<const void>(mean),  at<const void>(rstd),
+        at<void>(grad_x), at<void>(grad_residual), at<void>(grad_weight), at<void>(grad_bias)};
+    detr_fast_add_layer_norm_backward_cpu(&in.inputs, &gradients, threads);
+}
+
 #if defined(DETR_FAST_WITH_CUDA)
 
 [[noreturn]] void raise_cuda_error(const char* op, int64_t error) {
@@ -152,6 +188,10 @@ void matching_cuda(const MatchingInputs& m, const std::array<int32_t, 4>& dtypes
 PYBIND11_MODULE(_C, m) {
     m.doc() = "The native half of detr_fast.ops.";
     m.attr("compiler") = DETR_FAST_COMPILER;
+    py::class_<AddLayerNormInputs>(m, "AddLayerNormInputs")
+        .def(py::init<const Pair&, const Rows&, const Rows&, uintptr_t, uintptr_t, int64_t, double, bool>());
+    m.def("add_layer_norm_cpu", &add_layer_norm_cpu);
+    m.def("add_layer_norm_backward_cpu", &add_layer_norm_backward_cpu);
     m.def("assignment_cpu", &assignment_cpu);
     py::class_<MatchingInputs>(m, "MatchingInputs")
         .def(py::init([](bool is_double, const std::array<int64_t, 4>& sizes, Addresses logits, Addresses boxes,

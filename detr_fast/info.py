@@ -11,12 +11,13 @@ import torch
 
 from detr_fast.ops import _native
 from detr_fast.ops._dispatch import Op
+from detr_fast.ops.add_layer_norm.api import OP as ADD_LAYER_NORM
 from detr_fast.ops.assignment.api import OP as ASSIGNMENT
 from detr_fast.ops.attention.api import OP as ATTENTION
 from detr_fast.ops.matching.api import OP as MATCHING
 from detr_fast.ops.matching_cost.api import OP as MATCHING_COST
 
-OPS = (ATTENTION, MATCHING_COST, ASSIGNMENT, MATCHING)
+OPS = (ATTENTION, ADD_LAYER_NORM, MATCHING_COST, ASSIGNMENT, MATCHING)
 
 PACKAGES = ("detr_fast", "torch", "numpy", "scipy", "triton", "torchvision", "pillow", "hotcoco", "safetensors")
 
@@ -53,8 +54,8 @@ def render_info() -> str:
     lines += ["", "Ops: the implementation each takes, and why another cannot run"]
     for op, selections in found["ops"].items():
         for device, selection in selections.items():
-            lines.append(f"  {op:<13} on {device}: {selection['takes']}")
-            lines += [f"  {'':<13}   not {name}: {reason}" for name, reason in selection["cannot"].items()]
+            lines.append(f"  {op:<14} on {device}: {selection['takes']}")
+            lines += [f"  {'':<14}   not {name}: {reason}" for name, reason in selection["cannot"].items()]
     return "\n".join(lines)
 
 

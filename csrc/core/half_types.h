@@ -26,6 +26,12 @@ DETR_FAST_HD float float_of(uint32_t bits) {
     return value;
 }
 
+DETR_FAST_HD uint32_t bits_of(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    return bits;
+}
+
 }  // namespace half_types
 
 DETR_FAST_HD float widened(float x) {
@@ -50,6 +56,38 @@ DETR_FAST_HD float widened(Float16 x) {
     const float size =
         is_finite ? half_types::float_of(rest) * two_to_112 : half_types::float_of(rest | exponent_of_infinity);
     return sign == 0 ? size : -size;
+}
+
+// Rounding to nearest, ties to even; a NaN stays one. Free of branches, so that loops over them become vectors.
+DETR_FAST_HD void narrow(float x, Bfloat16& to) {
+    const uint32_t bits = half_types::bits_of(x);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    to.bits = static_cast<uint16_t>(is_nan ? (bits >> 16) | 0x40u : rounded);
+}
+
+DETR_FAST_HD void narrow(float x, Float16& to) {
+    const uint32_t bits = half_types::bits_of(x);
+    const uint32_t size = bits & 0x7fffffffu;
+    const uint32_t normal = (size + 0xfffu + ((size >> 13) & 1u) - (112u << 23)) >> 13;
+    // The last bit of a number from 0.5 on is worth 2^-24, as that of float16's subnormal numbers.
+    const uint32_t subnormal = half_types::bits_of(half_types::float_of(size) + 0.5f) - 0x3f000000u;
+    const uint32_t finite = size < 0x38800000u ? subnormal : normal;  // 2^-14
+    const uint32_t special = size > 0x7f800000u ? 0x7e00u : 0x7c00u;
+    const uint32_t rounded = size >= 0x477ff000u ? special : finite;  // 65520 rounds to infinity
+    to.bits = static_cast<uint16_t>(((bits >> 16) & 0x8000u) | rounded);
+}
+
+DETR_FAST_HD void narrow(double x, float& to) {
+    to = static_cast<float>(x);
+}
+
+DETR_FAST_HD void narrow(float x, float& to) {
+    to = x;
+}
+
+DETR_FAST_HD void narrow(double x, double& to) {
+    to = x;
 }
 
 }  // namespace detr_fast

@@ -4,18 +4,12 @@
 
 #include <cstdint>
 
+#include "../core/dtype.h"
 #include "../core/matching_inputs.h"
 
 #if defined(__cplusplus)
 extern "C" {
 #endif
-
-enum detr_fast_dtype {
-    detr_fast_float32 = 0,
-    detr_fast_float64 = 1,
-    detr_fast_bfloat16 = 2,
-    detr_fast_float16 = 3,
-};
 
 // How numbers lie in memory.
 struct detr_fast_matching_dtypes {

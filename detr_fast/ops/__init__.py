@@ -8,6 +8,7 @@ Letters in shapes, here and in the C++:
 Bare ``boxes`` are cxcywh in [0, 1]; ``boxes_xyxy`` are corners in any unit. In masks True means padding.
 """
 
+from detr_fast.ops.add_layer_norm import add_layer_norm
 from detr_fast.ops.assignment import assignment
 from detr_fast.ops.attention import TokenOffsets, attention, attention_weights
 from detr_fast.ops.boxes import (
@@ -30,6 +31,7 @@ __all__ = [
     "MatchingCost",
     "PackedTargets",
     "TokenOffsets",
+    "add_layer_norm",
     "assignment",
     "attention",
     "attention_weights",

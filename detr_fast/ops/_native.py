@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 import torch
 
+# Of the numbers that native code reads as they lie: enum detr_fast_dtype in csrc/core/dtype.h.
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
 
 class Native(NamedTuple):
     module: ModuleType | None

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ["tests/cpp/lsap_test.cpp", "csrc/cpu/assignment.cpp", "csrc/cpu/thread_pool.cpp"]
+PROGRAMS = {
+    "lsap_test": ["csrc/cpu/assignment.cpp", "csrc/cpu/thread_pool.cpp"],
+    "add_layer_norm_test": ["csrc/cpu/add_layer_norm.cpp", "csrc/cpu/thread_pool.cpp"],
+}
 SANITIZERS = {
     "address and undefined": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-O1", "-g", "-fsanitize=thread"],
@@ -17,10 +20,12 @@ SANITIZERS = {
 
 
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
-def test_cpu_code(compile_cpp: Callable[..., Path], sanitizer: str) -> None:
-    name = f"lsap_test_{sanitizer.replace(' ', '_')}"
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_cpu_code(compile_cpp: Callable[..., Path], program: str, sanitizer: str) -> None:
+    name = f"{program}_{sanitizer.replace(' ', '_')}"
+    sources = [f"tests/cpp/{program}.cpp", *PROGRAMS[program]]
     binary = compile_cpp(
-        name, SOURCES, "-Wno-psabi", *SANITIZERS[sanitizer], f"-I{ROOT}/csrc/core", f"-I{ROOT}/csrc/cpu"
+        name, sources, "-Wno-psabi", *SANITIZERS[sanitizer], f"-I{ROOT}/csrc/core", f"-I{ROOT}/csrc/cpu"
     )
     done = subprocess.run([str(binary)], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

@@ -34,15 +34,11 @@ def matching_cost_native(
     return cost, nonfinite
 
 
-# The dtypes that kernels read as they lie: enum detr_fast_dtype in csrc/cuda/matching.h.
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-
-
 class NativeArguments:
     """Predictions and targets as addresses and sizes; holds the tensors that the addresses point into.
 
-    Numbers become ``dtype``, in which costs are computed. For a kernel, which reads each of DTYPES as it lies, they
-    stay what they are where they can; labels are not looked at then, because that would wait for the device.
+    Numbers become ``dtype``, in which costs are computed. For a kernel, which reads each of _native.DTYPES as it lies,
+    they stay what they are where they can; labels are not looked at then, because that would wait for the device.
     """
 
     def __init__(
@@ -82,12 +78,12 @@ class NativeArguments:
     def dtype_codes(self) -> tuple[int, ...]:
         """Of logits, boxes, target boxes and extra costs."""
         kinds = (self.logits, self.boxes, [self.target_boxes], self.extra or self.logits)
-        return tuple(DTYPES[kind[0].dtype] for kind in kinds)
+        return tuple(_native.DTYPES[kind[0].dtype] for kind in kinds)
 
 
 def _readable(tensors: Sequence[Tensor], dtype: torch.dtype, for_kernel: bool) -> list[Tensor]:
     dtypes = {x.dtype for x in tensors}
-    if for_kernel and len(dtypes) == 1 and dtypes <= DTYPES.keys():
+    if for_kernel and len(dtypes) == 1 and dtypes <= _native.DTYPES.keys():
         return [x.detach() for x in tensors]
     return [x.detach().to(dtype) for x in tensors]
 
