@@ -9,13 +9,23 @@ from detr_fast.matcher import HungarianMatcher
 from detr_fast.models.backbone import Backbone, FeatureBackbone, Joiner
 from detr_fast.models.detr import MLP, Detr, DetrDemo
 from detr_fast.models.position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine
-from detr_fast.models.presets import detr_resnet50, detr_resnet50_dc5, detr_resnet101, detr_resnet101_dc5
+from detr_fast.models.presets import (
+    detr_resnet50,
+    detr_resnet50_dc5,
+    detr_resnet50_dc5_panoptic,
+    detr_resnet50_panoptic,
+    detr_resnet101,
+    detr_resnet101_dc5,
+    detr_resnet101_panoptic,
+)
+from detr_fast.models.segmentation import DetrSegm
 from detr_fast.models.transformer import Transformer
 from detr_fast.postprocess import PostProcess
 
 # The original's own spellings.
 DETR = Detr
 DETRdemo = DetrDemo
+DETRsegm = DetrSegm
 
 __version__ = "0.1.0"
 
@@ -24,8 +34,10 @@ __all__ = [
     "MLP",
     "Backbone",
     "DETRdemo",
+    "DETRsegm",
     "Detr",
     "DetrDemo",
+    "DetrSegm",
     "FeatureBackbone",
     "HungarianMatcher",
     "ImageBatch",
@@ -39,8 +51,11 @@ __all__ = [
     "build_model",
     "detr_resnet50",
     "detr_resnet50_dc5",
+    "detr_resnet50_dc5_panoptic",
+    "detr_resnet50_panoptic",
     "detr_resnet101",
     "detr_resnet101_dc5",
+    "detr_resnet101_panoptic",
     "model_from_checkpoint",
 ]
 

@@ -19,6 +19,7 @@ from detr_fast.criterion import SetCriterion
 from detr_fast.matcher import HungarianMatcher
 from detr_fast.models.detr import Detr
 from detr_fast.models.presets import build_backbone
+from detr_fast.models.segmentation import DetrSegm
 from detr_fast.models.transformer import Transformer
 from detr_fast.postprocess import PostProcess
 
@@ -36,12 +37,13 @@ DEFAULTS: dict[str, Any] = {
     **asdict(LossConfig()),
     "lr_backbone": OptimConfig().lr_backbone,
     "masks": False,
+    "frozen_weights": None,
     "dataset_file": "coco",
     "device": "cpu",
 }
 
 
-def build_model(args: Any) -> tuple[Detr, SetCriterion, dict[str, nn.Module]]:
+def build_model(args: Any) -> tuple[Detr | DetrSegm, SetCriterion, dict[str, nn.Module]]:
     """Model, criterion and post-processors for the original's argument namespace.
 
     Beyond the original's names, ``args.num_classes`` gives the number of classes, and ``args.backbone_weights`` where
@@ -74,16 +76,15 @@ def build_model(args: Any) -> tuple[Detr, SetCriterion, dict[str, nn.Module]]:
     return model, criterion.to(options.device), {"bbox": PostProcess()}
 
 
-def model_from_args(args: Any) -> Detr:
+def model_from_args(args: Any) -> Detr | DetrSegm:
     """The model alone, with random weights; ``args`` as in ``build_model``."""
     options = _options(args)
-    if options.masks:
-        raise ValueError("masks=True: the mask head is not part of this version")
     backbone = build_backbone(
         options.backbone,
         hidden_dim=options.hidden_dim,
         position_embedding=options.position_embedding,
         train_backbone=options.lr_backbone > 0,
+        return_interm_layers=options.masks,
         dilation=options.dilation,
     )
     transformer = Transformer(
@@ -96,12 +97,15 @@ def model_from_args(args: Any) -> Detr:
         normalize_before=options.pre_norm,
         return_intermediate_dec=True,
     )
-    return Detr(backbone, transformer, options.num_classes, options.num_queries, options.aux_loss)
+    detr = Detr(backbone, transformer, options.num_classes, options.num_queries, options.aux_loss)
+    return DetrSegm(detr, freeze_detr=options.frozen_weights is not None) if options.masks else detr
 
 
 def criterion_from_args(args: Any) -> SetCriterion:
     """Matcher, loss weights (the same at every decoder layer) and criterion; ``args`` as in ``build_model``."""
     options = _options(args)
+    if options.masks:
+        raise ValueError("masks=True: the losses of masks are not part of this version")
     matcher = HungarianMatcher(options.set_cost_class, options.set_cost_bbox, options.set_cost_giou)
     weights = {"loss_ce": 1.0, "loss_bbox": options.bbox_loss_coef, "loss_giou": options.giou_loss_coef}
     layers = range(options.dec_layers - 1) if options.aux_loss else ()
@@ -115,7 +119,7 @@ def criterion_from_args(args: Any) -> SetCriterion:
     )
 
 
-def load_backbone_weights(model: Detr, name: str, weights: str | os.PathLike[str] = "imagenet") -> None:
+def load_backbone_weights(model: Detr | DetrSegm, name: str, weights: str | os.PathLike[str] = "imagenet") -> None:
     """Start the backbone of ``model`` from a classifier's weights.
 
     Args:
@@ -129,7 +133,8 @@ def load_backbone_weights(model: Detr, name: str, weights: str | os.PathLike[str
     """
     state_dict = _download(name) if weights == "imagenet" else load_checkpoint(weights)["model"]
     body = {key: value for key, value in state_dict.items() if not key.startswith("fc.")}
-    load_weights(model.backbone[0].body, body)  # type: ignore[index,union-attr]
+    detr = model.detr if isinstance(model, DetrSegm) else model
+    load_weights(detr.backbone[0].body, body)  # type: ignore[index,union-attr]
 
 
 def _download(name: str) -> dict[str, Tensor]:
@@ -155,7 +160,7 @@ class CheckpointMeta:
     args: dict[str, Any] = field(default_factory=dict)
 
 
-def model_from_checkpoint(path: str | os.PathLike[str], **overrides: Any) -> tuple[Detr, CheckpointMeta]:
+def model_from_checkpoint(path: str | os.PathLike[str], **overrides: Any) -> tuple[Detr | DetrSegm, CheckpointMeta]:
     """Rebuild a model from its checkpoint alone: one of ours, or one of the original's.
 
     The architecture is read off the parameters' shapes. What shapes do not tell (``nheads``, ``dilation``) comes from
@@ -170,7 +175,8 @@ def model_from_checkpoint(path: str | os.PathLike[str], **overrides: Any) -> tup
     """
     checkpoint = load_checkpoint(path)
     state_dict = checkpoint.get("ema") or checkpoint["model"]
-    args = DEFAULTS | checkpoint["args"] | _read_architecture(state_dict, path) | overrides
+    # Nothing is frozen in a model that is loaded, whatever it was trained with.
+    args = DEFAULTS | checkpoint["args"] | _read_architecture(state_dict, path) | {"frozen_weights": None} | overrides
     model = model_from_args(SimpleNamespace(**args))
     load_weights(model, state_dict)
     categories = {int(key): str(name) for key, name in (checkpoint.get("categories") or {}).items()}
@@ -179,8 +185,9 @@ def model_from_checkpoint(path: str | os.PathLike[str], **overrides: Any) -> tup
 
 def _read_architecture(state_dict: Mapping[str, Tensor], path: str | os.PathLike[str]) -> dict[str, Any]:
     """The options that parameter names and shapes give away."""
-    if any(key.startswith("mask_head.") for key in state_dict):
-        raise CheckpointError(f"{path} is a segmentation checkpoint: the mask head is not part of this version")
+    if any(key.startswith("mask_head.") for key in state_dict):  # a DetrSegm, whose detector is under "detr."
+        detector = {key.removeprefix("detr."): value for key, value in state_dict.items() if key.startswith("detr.")}
+        return {**_read_architecture(detector, path), "masks": True}
     try:
         num_queries, hidden_dim = state_dict["query_embed.weight"].shape
         return {
@@ -193,6 +200,7 @@ def _read_architecture(state_dict: Mapping[str, Tensor], path: str | os.PathLike
             "pre_norm": "transformer.encoder.norm.weight" in state_dict,
             "position_embedding": "learned" if "backbone.1.row_embed.weight" in state_dict else "sine",
             "backbone": _backbone_name(state_dict),
+            "masks": False,
         }
     except KeyError as error:
         raise CheckpointError(f"{path} is not a DETR checkpoint: it has no {error}") from None

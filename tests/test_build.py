@@ -61,8 +61,8 @@ def test_a_learning_rate_of_zero_freezes_the_backbone() -> None:
     assert not any(p.requires_grad for p in model.backbone.parameters())
 
 
-def test_masks_are_refused_until_they_are_there() -> None:
-    with pytest.raises(ValueError, match="mask head"):
+def test_masks_are_refused_until_their_losses_are_there() -> None:
+    with pytest.raises(ValueError, match="the losses of masks"):
         build_model(Namespace(**SMALL, masks=True))
 
 
@@ -98,6 +98,7 @@ def test_backbone_weights_of_torchvision_load_without_their_classifier(tmp_path)
         {"backbone": "tiny", "pre_norm": True},
         {"backbone": "resnet34", "position_embedding": "learned"},
         {"backbone": "resnet50", "dilation": True},
+        {"masks": True, "frozen_weights": "detector.pth"},
     ],
 )
 @pytest.mark.parametrize("with_args", [True, False])
@@ -128,7 +129,7 @@ def test_a_file_of_another_network_is_refused(tmp_path) -> None:
     with pytest.raises(CheckpointError, match="not a DETR checkpoint: it has no 'query_embed.weight'"):
         model_from_checkpoint(tmp_path / "c.pth")
     torch.save({"model": {"mask_head.lay1.weight": torch.zeros(2, 2)}}, tmp_path / "c.pth")
-    with pytest.raises(CheckpointError, match="segmentation checkpoint"):
+    with pytest.raises(CheckpointError, match="not a DETR checkpoint: it has no 'query_embed.weight'"):
         model_from_checkpoint(tmp_path / "c.pth")
 
 

@@ -71,7 +71,10 @@ class Detr(nn.Module):
         """
         features, pos = self.backbone(ImageBatch.of(samples))
         src, mask = features[-1].decompose()
-        hs = self.transformer(self.input_proj(src), mask, self.query_embed.weight, pos[-1])[0]  # [L, B, Q, D]
+        return self.outputs(self.transformer(self.input_proj(src), mask, self.query_embed.weight, pos[-1])[0])
+
+    def outputs(self, hs: Tensor) -> dict[str, Any]:
+        """What ``forward`` returns, from the decoder's embeddings [L, B, Q, D]."""
         logits = self.class_embed(hs)
         boxes = self.bbox_embed(hs).sigmoid()
         layers = [{"pred_logits": a, "pred_boxes": b} for a, b in zip(logits, boxes, strict=True)]
