@@ -16,6 +16,7 @@
 #include "cpu/assignment.h"
 #include "cpu/matching.h"
 #include "cpu/matching_cost.h"
+#include "cpu/set_loss.h"
 #if defined(DETR_FAST_WITH_CUDA)
 #include "cuda/assignment.h"
 #include "cuda/matching.h"
@@ -132,6 +133,34 @@ void add_layer_norm_backward_cpu(const AddLayerNormInputs& in, const Rows& grad_
     detr_fast_add_layer_norm_backward_cpu(&in.inputs, &gradients, threads);
 }
 
+using FiveAddresses = std::array<uintptr_t, 5>;
+
+detr_fast_set_losses set_losses(const FiveAddresses& a) {
+    return {at<void>(a[0]), at<void>(a[1]), at<void>(a[2]), at<void>(a[3]), at<void>(a[4])};
+}
+
+// results: losses, metrics, and slopes of logits, L1 and GIoU, or zeros for these.
+void set_loss_cpu(const MatchingInputs& m, uintptr_t query_of_target, uintptr_t num_boxes, int kind, uintptr_t weight,
+                  double alpha, double gamma, const FiveAddresses& results, int threads) {
+    const py::gil_scoped_release release;
+    const auto inputs = m.inputs();
+    const detr_fast_class_loss class_loss{static_cast<detr_fast_class_loss_kind>(kind), at<const void>(weight), alpha,
+                                          gamma};
+    const auto written = set_losses(results);
+    detr_fast_set_loss_cpu(&inputs, at<const int64_t>(query_of_target), at<const void>(num_boxes), &class_loss,
+                           &written, threads);
+}
+
+// elements: of a layer's logits and of its boxes. saved: as above, without losses and metrics.
+void set_loss_backward_cpu(bool is_double, const Pair& elements, int64_t layers, uintptr_t upstream,
+                           const Triple& saved, uintptr_t logit_gradient, uintptr_t box_gradient, int threads) {
+    const py::gil_scoped_release release;
+    const auto address = [&](int i) { return static_cast<uintptr_t>(saved[i]); };
+    const auto slopes = set_losses({0, 0, address(0), address(1), address(2)});
+    detr_fast_set_loss_backward_cpu(is_double, elements.data(), layers, at<const void>(upstream), &slopes,
+                                    at<void>(logit_gradient), at<void>(box_gradient), threads);
+}
+
 #if defined(DETR_FAST_WITH_CUDA)
 
 [[noreturn]] void raise_cuda_error(const char* op, int64_t error) {
@@ -203,6 +232,8 @@ PYBIND11_MODULE(_C, m) {
         }));
     m.def("matching_cost_cpu", &matching_cost_cpu);
     m.def("matching_cpu", &matching_cpu);
+    m.def("set_loss_cpu", &set_loss_cpu);
+    m.def("set_loss_backward_cpu", &set_loss_backward_cpu);
 #if defined(DETR_FAST_WITH_CUDA)
     m.attr("cuda") = DETR_FAST_CUDA_VERSION;
     m.attr("cuda_architectures") = DETR_FAST_CUDA_ARCHITECTURES;

@@ -23,14 +23,19 @@ from detr_fast.ops.boxes import (
 from detr_fast.ops.dropout import Dropout
 from detr_fast.ops.matching import Matching, matching
 from detr_fast.ops.matching_cost import CostWeights, MatchingCost, PackedTargets, matching_cost
+from detr_fast.ops.set_loss import CrossEntropy, Focal, SetLosses, Varifocal, set_loss
 
 __all__ = [
     "CostWeights",
+    "CrossEntropy",
     "Dropout",
+    "Focal",
     "Matching",
     "MatchingCost",
     "PackedTargets",
+    "SetLosses",
     "TokenOffsets",
+    "Varifocal",
     "add_layer_norm",
     "assignment",
     "attention",
@@ -43,5 +48,6 @@ __all__ = [
     "matching_cost",
     "pairwise_giou",
     "pairwise_iou",
+    "set_loss",
     "xyxy_to_cxcywh",
 ]

@@ -1,0 +1,222 @@
+"""The public op, its checks, its gradient, and its registration with torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detr_fast.ops._dispatch import Implementation, Op, always_runs, goes_through_dispatcher
+from detr_fast.ops.matching_cost.types import PackedTargets
+from detr_fast.ops.set_loss.native import set_loss_backward_native, set_loss_native, why_not
+from detr_fast.ops.set_loss.reference import set_loss_reference
+from detr_fast.ops.set_loss.types import (
+    ClassLoss,
+    CrossEntropy,
+    Focal,
+    SetLosses,
+    Varifocal,
+    check_set_loss_inputs,
+    result_sizes,
+)
+
+OP = Op(
+    name="set_loss",
+    implementations=(
+        Implementation("native", set_loss_native, why_not),
+        Implementation("reference", set_loss_reference, always_runs),
+    ),
+    example=lambda device: (torch.empty(1, 1, 1, device=device),),
+)
+BACKWARD = {"native": set_loss_backward_native}
+
+
+def set_loss(
+    logits: Sequence[Tensor] | Tensor,
+    boxes: Sequence[Tensor] | Tensor,
+    targets: PackedTargets,
+    query_of_target: Tensor,
+    class_loss: ClassLoss = CrossEntropy(),
+    *,
+    num_boxes: Tensor | float,
+    backend: str | None = None,
+) -> SetLosses:
+    """The losses of matched predictions, for L decoder layers and all images at once, with their gradients.
+
+    Carion et al. 2020, section 3.1, equation 2, and appendix A.2. All but "reference" compute the gradients along with
+    the losses, in one pass over the logits; backward multiplies them by what comes from above.
+
+    Args:
+        logits: L tensors [B, Q, classes] of any float dtype (or one [L, B, Q, classes]), "no object" the last of the
+            classes where ``class_loss`` is the cross-entropy.
+        boxes: L tensors [B, Q, 4], cxcywh in [0, 1].
+        targets: labels [N] in [0, classes), boxes [N, 4] cxcywh in [0, 1], B counts.
+        query_of_target: [L, N] int64 in [-1, Q), as ``matching`` gives it: each target's query in its image, -1 for
+            none. No query twice in an image.
+        class_loss: CrossEntropy, Focal or Varifocal.
+        num_boxes: what box losses are divided by, one number; not differentiated.
+        backend: "reference" or "native"; None takes the fastest that can run here.
+
+    Returns:
+        See SetLosses; on the logits' device, in float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError: a shape, dtype or device is not as above.
+        IndexError: a label is out of range, and the tensors are on the CPU.
+        NotImplementedError: ``backend`` cannot run these inputs; the message says why.
+
+    Differentiable in logits and boxes, once; by "reference" any number of times. Where a function has a corner the
+    gradient is PyTorch's: half for each of two equal numbers of which one is the minimum, 1 at a clamp's bound, 0 at
+    |0|. Deterministic, whatever the number of threads. Where all weights of the cross-entropy are 0 its mean is NaN.
+    """
+    logits, boxes = list(logits), list(boxes)
+    check_set_loss_inputs(logits, boxes, targets, query_of_target, class_loss, num_boxes)
+    losses, metrics = stacked_losses(logits, boxes, targets, query_of_target, class_loss, num_boxes, backend)
+    return SetLosses(*losses.unbind(), *metrics.unbind())
+
+
+def stacked_losses(
+    logits: list[Tensor],
+    boxes: list[Tensor],
+    targets: PackedTargets,
+    query_of_target: Tensor,
+    class_loss: ClassLoss,
+    num_boxes: Tensor | float,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As ``set_loss``, unchecked: the losses [3, L] and the metrics [2, L], in the order of SetLosses."""
+    if not isinstance(num_boxes, Tensor):
+        num_boxes = torch.full((), num_boxes, dtype=torch.float32, device=logits[0].device)
+    inputs = (targets, query_of_target, class_loss, num_boxes)
+    if _name_of_chosen(backend, logits[0]) == "reference":
+        return set_loss_reference(logits, boxes, *inputs)
+    if goes_through_dispatcher(logits[0]):
+        with_slopes = torch.is_grad_enabled() and any(x.requires_grad for x in (*logits, *boxes))
+        results = torch.ops.detr_fast.set_loss(*as_schema(logits, boxes, *inputs), with_slopes, backend)
+        return results[0], results[1]
+    return _SetLoss.apply(len(logits), inputs, backend, torch.is_grad_enabled(), *logits, *boxes)  # type: ignore[no-any-return]
+
+
+def _name_of_chosen(backend: str | None, logits: Tensor) -> str:
+    if torch.compiler.is_compiling():
+        return _name_at_compile_time(backend, str(logits.device))
+    return OP.choose(backend, logits).name
+
+
+@torch.compiler.assume_constant_result
+def _name_at_compile_time(backend: str | None, device: str) -> str:
+    # So that a compiler need not follow how the native module is loaded.
+    return OP.choose(backend, torch.empty(0, device=device)).name
+
+
+class _SetLoss(torch.autograd.Function):
+    """Gradients are computed forward and scaled backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, layers: int, inputs: tuple[Any, ...], backend: str | None, with_slopes: bool, *predictions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        logits, boxes = predictions[:layers], predictions[layers:]
+        implementation = OP.choose(backend, logits[0])
+        with_slopes = with_slopes and any(ctx.needs_input_grad)
+        losses, metrics, *slopes = implementation.run(logits, boxes, *inputs, with_slopes)
+        ctx.save_for_backward(*slopes)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(metrics)
+        ctx.backend, ctx.dtypes = implementation.name, (logits[0].dtype, boxes[0].dtype)
+        return losses, metrics
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        slopes = ctx.saved_tensors
+        layers = len(slopes[0])
+        if upstream is None:
+            return (None,) * (4 + 2 * layers)
+        logit_gradient, box_gradient = BACKWARD[ctx.backend](upstream, *slopes)
+        gradients = zip((logit_gradient, box_gradient), ctx.dtypes, strict=True)
+        return (None,) * 4 + tuple(x for gradient, dtype in gradients for x in gradient.to(dtype).unbind())
+
+
+torch.library.define(
+    "detr_fast::set_loss",
+    "(Tensor[] logits, Tensor[] boxes, Tensor labels, Tensor target_boxes, SymInt[] num_targets, "
+    "Tensor query_of_target, str kind, float[] numbers, Tensor? weight, Tensor num_boxes, bool with_slopes, "
+    "str? backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "detr_fast::set_loss_backward",
+    "(Tensor upstream, Tensor logit_slope, Tensor l1_slope, Tensor giou_slope, str? backend) -> (Tensor, Tensor)",
+)
+
+
+def as_schema(
+    logits: list[Tensor],
+    boxes: list[Tensor],
+    targets: PackedTargets,
+    query_of_target: Tensor,
+    class_loss: ClassLoss,
+    num_boxes: Tensor,
+) -> tuple[object, ...]:
+    """The arguments in the order and the types of the op's schema."""
+    kind, numbers, weight = type(class_loss).__name__, list(class_loss), None
+    if isinstance(class_loss, CrossEntropy):
+        numbers, weight = [class_loss.eos_coef], class_loss.weight
+    return logits, boxes, *targets, query_of_target, kind, numbers, weight, num_boxes
+
+
+@torch.library.impl("detr_fast::set_loss", "CompositeExplicitAutograd")
+def _set_loss(  # type: ignore[no-untyped-def]
+    logits,
+    boxes,
+    labels,
+    target_boxes,
+    num_targets,
+    query_of_target,
+    kind,
+    numbers,
+    weight,
+    num_boxes,
+    with_slopes,
+    backend,
+) -> tuple[Tensor, ...]:
+    class_loss = {"CrossEntropy": CrossEntropy, "Focal": Focal, "Varifocal": Varifocal}[kind](*numbers)
+    if weight is not None:
+        class_loss = class_loss._replace(weight=weight)
+    targets = PackedTargets(labels, target_boxes, num_targets)
+    run = OP.choose(backend, logits[0]).run
+    return run(logits, boxes, targets, query_of_target, class_loss, num_boxes, with_slopes)
+
+
+@torch.library.impl("detr_fast::set_loss_backward", "CompositeExplicitAutograd")
+def _set_loss_backward(upstream, logit_slope, l1_slope, giou_slope, backend) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    return BACKWARD[OP.choose(backend, logit_slope).name](upstream, logit_slope, l1_slope, giou_slope)
+
+
+@torch.library.register_fake("detr_fast::set_loss")
+def _set_loss_fake(logits, boxes, *rest) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
+    with_slopes = rest[8]
+    shape = logits[0].shape if with_slopes else (0, 0, 0)
+    dtype = torch.promote_types(logits[0].dtype, torch.float32)
+    return tuple(logits[0].new_empty(size, dtype=dtype) for size in result_sizes(len(logits), *shape))
+
+
+@torch.library.register_fake("detr_fast::set_loss_backward")
+def _set_loss_backward_fake(upstream, logit_slope, l1_slope, giou_slope, backend) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    return torch.empty_like(logit_slope), torch.empty_like(l1_slope)
+
+
+def _keep_slopes(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[2:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.dtypes, ctx.backend = (inputs[0][0].dtype, inputs[1][0].dtype), inputs[-1]
+
+
+def _scale_slopes(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    gradients = torch.ops.detr_fast.set_loss_backward(upstream, *ctx.saved_tensors, ctx.backend)
+    lists = [list(x.to(dtype).unbind()) for x, dtype in zip(gradients, ctx.dtypes, strict=True)]
+    return (*lists, *[None] * 10)
+
+
+torch.library.register_autograd("detr_fast::set_loss", _scale_slopes, setup_context=_keep_slopes)
