@@ -1,7 +1,9 @@
 """Matching queries to targets for all decoder layers of a batch, against the original way.
 
-``detr_fast`` is HungarianMatcher as it takes the original's place, one layer at a time; ``match_layers`` is its way in
-for all layers at once; the other two are the op alone, by backend.
+``padded`` is the best way with packages that exist. ``detr_fast`` is HungarianMatcher as it takes the original's place,
+one layer at a time; ``match_layers`` is its way in for all layers at once; ``reference`` and ``native`` are the op
+alone, by backend. The floors are what no way can do without: reading all logits once, and their exponentials, as
+torch does them with all threads.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import original
+from benchmarks import original, padded
 from benchmarks.harness import Contest, Contestant
 from benchmarks.shapes import MATCHING_SHAPES, Shape
 from detr_fast import HungarianMatcher
@@ -22,9 +24,10 @@ from detr_fast.ops import CostWeights, PackedTargets, matching
 Race = Callable[[str, str, Callable[[], Contest]], None]
 WEIGHTS = CostWeights(cost_class=1, cost_bbox=5, cost_giou=2)
 BACKENDS = ("reference", "native")
+CONTESTANTS = ("original", "padded", "transformers", "detr_fast", "match_layers", *BACKENDS)
 
 
-@pytest.mark.parametrize("contestant", ["original", "detr_fast", "match_layers", *BACKENDS])
+@pytest.mark.parametrize("contestant", CONTESTANTS)
 @pytest.mark.parametrize("shape", MATCHING_SHAPES, ids=lambda shape: shape.name)
 def test_matching(race: Race, shape: Shape, contestant: str) -> None:
     reason = why_not(contestant) if contestant in BACKENDS else None
@@ -56,15 +59,43 @@ def contest(shape: Shape) -> Contest:
         )
 
     expected = total_costs(original.match_layers(layers, targets), layers, targets)
+    theirs, skipped = transformers_matcher(layers, targets)
     return Contest(
         [
             Contestant("original", lambda: original.match_layers(layers, targets)),
+            Contestant("padded", lambda: padded.match_layers(layers, targets)),
+            *theirs,
             Contestant("detr_fast", lambda: [matcher(outputs, targets) for outputs in layers]),
             Contestant("match_layers", lambda: matcher.match_layers(layers, targets)),
             *(op(backend) for backend in BACKENDS if why_not(backend) is None),
         ],
         lambda found: check_matches(as_pairs(found, targets), layers, targets, expected),
+        floors=floors(logits),
+        skipped=skipped,
     )
+
+
+def transformers_matcher(
+    layers: Sequence[dict[str, Tensor]], targets: Sequence[dict[str, Tensor]]
+) -> tuple[list[Contestant], dict[str, str]]:
+    """The matcher of transformers' DETR, layer by layer as its loss calls it; or why there is none."""
+    try:
+        from transformers.loss.loss_for_object_detection import HungarianMatcher as TheirMatcher
+    except ImportError as error:
+        return [], {"transformers": f"transformers has no matcher here: {error}"}
+    matcher = TheirMatcher(*WEIGHTS[:3])
+    outputs = [{"logits": layer["pred_logits"], "pred_boxes": layer["pred_boxes"]} for layer in layers]
+    labels = [{"class_labels": target["labels"], "boxes": target["boxes"]} for target in targets]
+    return [Contestant("transformers", lambda: [matcher(layer, labels) for layer in outputs])], {}
+
+
+def floors(logits: Sequence[Tensor]) -> list[Contestant]:
+    """What takes a part of every contestant's time: all logits read once, and their exponentials."""
+    exponentials = torch.empty_like(logits[0])  # written again and again, so that it stays in the cache
+    return [
+        Contestant("floor: logits read", lambda: [layer.sum() for layer in logits]),
+        Contestant("floor: exponentials", lambda: [torch.exp(layer, out=exponentials) for layer in logits]),
+    ]
 
 
 def as_pairs(found: Tensor | list[original.Matches], targets: Sequence[dict[str, Tensor]]) -> list[original.Matches]:

@@ -20,6 +20,7 @@ class Results:
 
     timings: dict[str, list[Timing]] = field(default_factory=dict)
     refused: dict[str, WrongResult] = field(default_factory=dict)
+    skipped: dict[str, dict[str, str]] = field(default_factory=dict)  # by contest, who does not take part, and why
 
 
 RESULTS = pytest.StashKey[Results]()
@@ -94,6 +95,8 @@ def race(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[str, str, 
             hold(name, build(), request.config, results)
         if name in results.refused:
             raise results.refused[name]
+        if contestant in results.skipped[name]:
+            pytest.skip(results.skipped[name][contestant])
         timing = next(t for t in results.timings[name] if t.name == contestant)
         benchmark.group = name
         benchmark.extra_info.update(ratio=timing.ratio, peak_bytes=timing.peak_bytes)
@@ -107,6 +110,7 @@ def hold(name: str, contest: Contest, config: pytest.Config, results: Results) -
     """Run a contest for about ``--benchmark-max-time`` a contestant, at least ``--benchmark-min-rounds`` rounds."""
     seconds_each = float(config.getoption("--benchmark-max-time"))
     min_rounds = config.getoption("--benchmark-min-rounds")
+    results.skipped[name] = contest.skipped
     try:
         results.timings[name] = compare(contest, seconds_each=seconds_each, min_rounds=min_rounds)
     except WrongResult as error:
@@ -129,8 +133,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 def table(timings: list[Timing]) -> list[str]:
-    """One line a contestant: median, quartiles, ratio to the first with its quartiles, peak memory."""
-    header = f"{'contestant':<16} {'median':>11} {'quartiles':>23} {'ratio':>7} {'quartiles':>15} {'peak memory':>12}"
+    """One line a contestant: median, quartiles, ratio to the first with its quartiles, peak memory, share of floor."""
+    header = (
+        f"{'contestant':<24} {'median':>11} {'quartiles':>23} {'ratio':>8} {'quartiles':>17} "
+        f"{'peak memory':>12} {'of floor':>8}"
+    )
     return [header, *(row(timing) for timing in timings)]
 
 
@@ -138,29 +145,34 @@ def row(timing: Timing) -> str:
     """One contestant's line of the table."""
     low, high = (1e3 * value for value in timing.spread)
     ratio_low, ratio_high = timing.ratio_spread
+    share = "" if timing.floor_share is None else f"{100 * timing.floor_share:.0f} %"
     return (
-        f"{timing.name:<16} {1e3 * timing.median:>8.3f} ms {low:>9.3f} - {high:>8.3f} ms "
-        f"{timing.ratio:>6.2f}x {ratio_low:>6.2f} - {ratio_high:>5.2f}x {timing.peak_bytes / 2**20:>8.1f} MiB"
+        f"{timing.name:<24} {1e3 * timing.median:>8.4g} ms {low:>9.4g} - {high:>8.4g} ms {timing.ratio:>7.2f}x "
+        f"{ratio_low:>7.2f} - {ratio_high:>6.2f}x {timing.peak_bytes / 2**20:>8.1f} MiB {share:>8}"
     )
 
 
 def write_results(file: Path, results: Results) -> None:
-    """Machine, versions, commit, command and every timing of this run as JSON."""
-    contests = {
-        name: [
-            {
-                "contestant": timing.name,
-                "median_seconds": timing.median,
-                "quartiles_seconds": timing.spread,
-                "ratio_to_first": timing.ratio,
-                "ratio_quartiles": timing.ratio_spread,
-                "peak_bytes": timing.peak_bytes,
-                "seconds": timing.seconds,
-            }
-            for timing in timings
-        ]
-        for name, timings in results.timings.items()
-    }
+    """Machine, versions, commit, command and every timing of this run as JSON, a line a contestant."""
+    contests = {name: [as_json(timing) for timing in timings] for name, timings in results.timings.items()}
     refused = {name: str(error) for name, error in results.refused.items()}
+    head = {**machine.describe(), "refused": refused, "skipped": results.skipped}
+    lines = [f'"{key}": {json.dumps(value)}' for key, value in head.items()]
+    entries = [f'"{name}": [\n  ' + ",\n  ".join(map(json.dumps, contests[name])) + "\n ]" for name in contests]
+    lines.append('"contests": {\n ' + ",\n ".join(entries) + "\n}")
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({**machine.describe(), "contests": contests, "refused": refused}, indent=1) + "\n")
+    file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def as_json(timing: Timing) -> dict[str, Any]:
+    """A contestant's timing; its durations to four digits."""
+    return {
+        "contestant": timing.name,
+        "median_seconds": timing.median,
+        "quartiles_seconds": timing.spread,
+        "ratio_to_first": timing.ratio,
+        "ratio_quartiles": timing.ratio_spread,
+        "peak_bytes": timing.peak_bytes,
+        "floor_share": timing.floor_share,
+        "seconds": [float(f"{seconds:.4g}") for seconds in timing.seconds],
+    }

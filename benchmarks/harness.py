@@ -14,7 +14,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -26,6 +26,11 @@ Check = Callable[[Any], None]
 # The first rounds fill caches and choose algorithms; they are measured only to choose the number of rounds.
 WARMUP_ROUNDS = 3
 MOST_ROUNDS = 200
+# Seconds. Calls shorter than this are repeated within a turn: one alone measures how fast a processor at rest wakes up.
+SHORTEST_TURN = 1e-3
+# Seconds before each turn. The threads of OpenMP (torch's, and some packages' own) wait for work at full speed for 16
+# milliseconds after a call, on the cores that the next contestant's threads need.
+REST = 0.02
 
 
 class WrongResult(AssertionError):
@@ -50,6 +55,8 @@ class Timing:
         ratio: how many times faster than the first contestant, the median over rounds.
         ratio_spread: the quartiles of that ratio.
         peak_bytes: most memory of torch's allocator held at once during one call, over what was held before it.
+        floor_share: what the machine needs at least (the longest floor of the contest), as a share of the median; None
+            without a floor, and of a floor.
     """
 
     name: str
@@ -57,6 +64,7 @@ class Timing:
     ratio: float
     ratio_spread: tuple[float, float]
     peak_bytes: int
+    floor_share: float | None = None
 
     @property
     def median(self) -> float:
@@ -77,11 +85,20 @@ class Contest:
         contestants: ratios refer to the first.
         check: takes a contestant's result and raises where it is wrong.
         device: where the work happens; on CUDA every call is timed until the device has finished.
+        floors: what every contestant does at least, such as reading the inputs once; timed in the same turns.
+        skipped: contestants that do not take part, by name, and why.
     """
 
     contestants: Sequence[Contestant]
     check: Check
     device: str = "cpu"
+    floors: Sequence[Contestant] = ()
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def timed(self) -> list[Contestant]:
+        """Contestants and floors."""
+        return [*self.contestants, *self.floors]
 
 
 def compare(contest: Contest, *, seconds_each: float = 1.0, min_rounds: int = 5) -> list[Timing]:
@@ -89,7 +106,7 @@ def compare(contest: Contest, *, seconds_each: float = 1.0, min_rounds: int = 5)
 
     Args:
         contest: who takes part.
-        seconds_each: about how long each contestant runs altogether, at most MOST_ROUNDS times.
+        seconds_each: about how long the turns of each contestant take altogether, which are MOST_ROUNDS at most.
         min_rounds: how often each runs at least; the order is drawn anew each round.
 
     Raises:
@@ -98,12 +115,19 @@ def compare(contest: Contest, *, seconds_each: float = 1.0, min_rounds: int = 5)
     for contestant in contest.contestants:
         refuse_unless_right(contestant, contest.check)
     warmup = take_turns(contest, WARMUP_ROUNDS)
-    turn = max(median(seconds) for seconds in warmup.values())
+    calls = {name: max(1, math.ceil(SHORTEST_TURN / median(seconds))) for name, seconds in warmup.items()}
+    turn = REST + max((calls[name] + 1) * median(seconds) for name, seconds in warmup.items())
     rounds = max(min_rounds, min(MOST_ROUNDS, math.ceil(seconds_each / turn)))
-    seconds = take_turns(contest, rounds)
-    peaks = {c.name: peak_memory(c.run, contest.device) for c in contest.contestants}
+    seconds = take_turns(contest, rounds, calls)
+    peaks = {c.name: peak_memory(c.run, contest.device) for c in contest.timed}
     baseline = seconds[contest.contestants[0].name]
-    return [summarise(c.name, seconds[c.name], baseline, peaks[c.name]) for c in contest.contestants]
+    timings = [summarise(c.name, seconds[c.name], baseline, peaks[c.name]) for c in contest.timed]
+    floor = max((median(seconds[c.name]) for c in contest.floors), default=None)
+    runners = len(contest.contestants)
+    return [
+        replace(timing, floor_share=floor / timing.median) if floor is not None and place < runners else timing
+        for place, timing in enumerate(timings)
+    ]
 
 
 def refuse_unless_right(contestant: Contestant, check: Check) -> None:
@@ -114,10 +138,13 @@ def refuse_unless_right(contestant: Contestant, check: Check) -> None:
         raise WrongResult(f"{contestant.name} is wrong, so no speed is given: {error}") from error
 
 
-def take_turns(contest: Contest, rounds: int) -> dict[str, list[float]]:
-    """Time every contestant once a round, in an order drawn anew each round, without the garbage collector."""
+def take_turns(contest: Contest, rounds: int, calls: dict[str, int] | None = None) -> dict[str, list[float]]:
+    """Time every contestant once a round, in an order drawn anew each round, without the garbage collector.
+
+    A turn is one call, or as many as ``calls`` says for the contestant; its duration is that of one of them.
+    """
     wait = torch.cuda.synchronize if torch.device(contest.device).type == "cuda" else nothing
-    contestants = list(contest.contestants)
+    contestants = contest.timed
     order = random.Random(0)
     seconds: dict[str, list[float]] = {c.name: [] for c in contestants}
     gc_was_enabled = gc.isenabled()
@@ -126,15 +153,24 @@ def take_turns(contest: Contest, rounds: int) -> dict[str, list[float]]:
     try:
         for _ in range(rounds):
             for contestant in order.sample(contestants, len(contestants)):
-                wait()
-                start = time.perf_counter()
-                contestant.run()
-                wait()
-                seconds[contestant.name].append(time.perf_counter() - start)
+                repeats = 1 if calls is None else calls[contestant.name]
+                seconds[contestant.name].append(time_turn(contestant.run, repeats, wait))
     finally:
         if gc_was_enabled:
             gc.enable()
     return seconds
+
+
+def time_turn(run: Callable[[], Any], repeats: int, wait: Callable[[], None]) -> float:
+    """Seconds of a call, after one that is not timed and brings code and data back into the caches."""
+    time.sleep(REST)
+    run()
+    wait()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    wait()
+    return (time.perf_counter() - start) / repeats
 
 
 def nothing() -> None:

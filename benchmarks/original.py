@@ -45,18 +45,23 @@ def all_pairs_cost(outputs: dict[str, Tensor], targets: Sequence[dict[str, Tenso
 
 
 def corners(boxes: Tensor) -> Tensor:
-    """[N, 4] cxcywh to xyxy."""
-    centre, size = boxes[:, :2], boxes[:, 2:]
+    """[..., 4] cxcywh to xyxy."""
+    centre, size = boxes[..., :2], boxes[..., 2:]
     return torch.cat([centre - size / 2, centre + size / 2], -1)
 
 
 def giou_of_all_pairs(first_xyxy: Tensor, second_xyxy: Tensor) -> Tensor:
-    """[N, 4] and [M, 4] to the generalised IoU of every pair, [N, M] (Rezatofighi et al., 2019)."""
-    first, second = first_xyxy[:, None], second_xyxy[None]
+    """[..., N, 4] and [..., M, 4] to the generalised IoU of every pair, [..., N, M] (Rezatofighi et al., 2019)."""
+    first, second = first_xyxy[..., :, None, :], second_xyxy[..., None, :, :]
     overlap = (torch.minimum(first[..., 2:], second[..., 2:]) - torch.maximum(first[..., :2], second[..., :2])).clamp(0)
     hull = (torch.maximum(first[..., 2:], second[..., 2:]) - torch.minimum(first[..., :2], second[..., :2])).clamp(0)
-    area_first = (first[..., 2:] - first[..., :2]).prod(-1)
-    area_second = (second[..., 2:] - second[..., :2]).prod(-1)
-    intersection = overlap.prod(-1)
+    area_first, area_second = area(first[..., 2:] - first[..., :2]), area(second[..., 2:] - second[..., :2])
+    intersection = area(overlap)
     union = area_first + area_second - intersection
-    return intersection / union - (hull.prod(-1) - union) / hull.prod(-1)
+    hull_area = area(hull)
+    return intersection / union - (hull_area - union) / hull_area
+
+
+def area(size: Tensor) -> Tensor:
+    """[..., 2] widths and heights to [...]."""
+    return size[..., 0] * size[..., 1]

@@ -44,9 +44,12 @@ class Shape:
 
 # The original trains with two images a GPU, on eight GPUs (together: sixteen).
 COCO_PER_GPU = Shape("coco-2", COCO_TARGETS[2:4])
+COCO_SMALL = Shape("coco-8", COCO_TARGETS[:8])
 COCO_BATCH = Shape("coco-16", COCO_TARGETS[:16])
-COCO_LARGE = Shape("coco-64", COCO_TARGETS)
-# More objects than DETR's hundred queries can hold: models for such pictures have 300 or more.
+COCO_LARGE = Shape("coco-32", COCO_TARGETS[:32])
+# Later models have three hundred queries, and crowded data sets a hundred objects in an image.
+COCO_QUERIES = Shape("coco-32-queries-300", COCO_TARGETS[:32], num_queries=300)
+HUNDRED_TARGETS = Shape("hundred-targets-8", (100,) * 8, num_queries=300)
 CROWDED = Shape("crowded-16", CROWDED_TARGETS, num_queries=300, num_classes=2)
 
-MATCHING_SHAPES = (COCO_PER_GPU, COCO_BATCH, COCO_LARGE, CROWDED)
+MATCHING_SHAPES = (COCO_PER_GPU, COCO_SMALL, COCO_LARGE, COCO_QUERIES, HUNDRED_TARGETS, CROWDED)

@@ -61,11 +61,28 @@ def test_ratio_is_to_the_first_contestant_and_rounds_are_bounded():
     assert 3 <= len(slow.seconds) == len(fast.seconds) <= 6
 
 
+def test_short_calls_are_repeated_and_floors_are_timed_but_not_checked(monkeypatch):
+    monkeypatch.setattr(harness, "REST", 0.0)
+    calls = []
+    contest = Contest(
+        [Contestant("quick", lambda: calls.append("quick") or 4)],
+        exactly_four,
+        floors=[Contestant("floor", lambda: calls.append("floor") or time.sleep(1e-3))],
+    )
+    quick, floor = compare(contest, seconds_each=0.0, min_rounds=2)
+    assert len(quick.seconds) == len(floor.seconds) == 2
+    assert calls.count("quick") > 500 > calls.count("floor")
+    assert quick.median < 1e-4 < 1e-3 <= floor.median
+    assert quick.floor_share == pytest.approx(floor.median / quick.median)
+    assert floor.floor_share is None
+
+
 def test_contestants_take_turns(monkeypatch):
     calls = []
     contestants = [Contestant(name, lambda name=name: calls.append(name)) for name in "abc"]
     harness.take_turns(Contest(contestants, exactly_four), rounds=8)
-    rounds = [calls[i : i + 3] for i in range(0, 24, 3)]
+    assert calls[::2] == calls[1::2], "each is called once without being timed"
+    rounds = [calls[i : i + 6 : 2] for i in range(0, 48, 6)]
     assert all(sorted(turn) == ["a", "b", "c"] for turn in rounds)
     assert len({tuple(turn) for turn in rounds}) > 1, "the order never changed"
 
