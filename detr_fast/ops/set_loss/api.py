@@ -105,10 +105,13 @@ def _name_of_chosen(backend: str | None, logits: Tensor) -> str:
     return OP.choose(backend, logits).name
 
 
-@torch.compiler.assume_constant_result
 def _name_at_compile_time(backend: str | None, device: str) -> str:
-    # So that a compiler need not follow how the native module is loaded.
     return OP.choose(backend, torch.empty(0, device=device)).name
+
+
+# So that torch.compile need not follow how the native module is loaded. It is what the decorator
+# torch.compiler.assume_constant_result does, which imports the whole compiler, half a second and Triton with it.
+_name_at_compile_time._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class _SetLoss(torch.autograd.Function):
