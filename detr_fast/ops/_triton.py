@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -34,3 +36,8 @@ def why_not(device: torch.device) -> str | None:
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":  # as Triton itself reads it
         return why_not_importable()
     return f"Triton needs a CUDA device, got {device.type}"
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which may be another than that of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

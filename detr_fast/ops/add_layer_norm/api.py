@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from detr_fast.ops import _triton
 from detr_fast.ops._dispatch import Implementation, Op, always_runs, goes_through_dispatcher
 from detr_fast.ops.add_layer_norm import native
 from detr_fast.ops.add_layer_norm.reference import add_layer_norm_reference, add_layer_norm_reference_backward
@@ -17,16 +19,40 @@ from detr_fast.ops.add_layer_norm.types import Gradients, Inputs, Normalized
 from detr_fast.ops.dropout import Dropout, check_dropout
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# A program of the Triton kernels holds whole rows in registers.
+MOST_TRITON_COLUMNS = 2048
+
+
+def _why_not_triton(x: Tensor) -> str | None:
+    if x.shape[-1] > MOST_TRITON_COLUMNS:
+        return f"the Triton kernels take rows of at most {MOST_TRITON_COLUMNS} columns, got {x.shape[-1]}"
+    return _triton.why_not(x.device)
+
+
+def _triton_forward(*arguments: Any) -> Normalized:
+    from detr_fast.ops.add_layer_norm.triton_impl import add_layer_norm_triton
+
+    return add_layer_norm_triton(*arguments)
+
+
+def _triton_backward(*arguments: Any) -> Gradients:
+    from detr_fast.ops.add_layer_norm.triton_impl import add_layer_norm_triton_backward
+
+    return add_layer_norm_triton_backward(*arguments)
+
+
 OP = Op(
     name="add_layer_norm",
     implementations=(
         Implementation("native", native.add_layer_norm_native, native.why_not),
+        Implementation("triton", _triton_forward, _why_not_triton),
         Implementation("reference", add_layer_norm_reference, always_runs),
     ),
     example=lambda device: (torch.empty(1, 256, device=device),),
 )
 BACKWARD: dict[str, Callable[..., Gradients]] = {
     "native": native.add_layer_norm_native_backward,
+    "triton": _triton_backward,
     "reference": add_layer_norm_reference_backward,
 }
 
@@ -51,7 +77,7 @@ def add_layer_norm(
         eps: added to the variance.
         dropout: on x, before the sum; row and column of an element are its place in x as [N, D].
         pos: [..., D], the last dimensions of x, a position that the next block adds to the result.
-        backend: "native" or "reference"; None takes the fastest that can run here.
+        backend: "native", "triton" or "reference"; None takes the fastest that can run here.
 
     Returns:
         y as x; with ``pos`` (y, y + pos). Of the promoted dtype of x and residual, computed in float32 at least and

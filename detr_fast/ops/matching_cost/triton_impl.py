@@ -9,7 +9,6 @@ Its speed has not been measured: it was written and checked on machines without 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from detr_fast.ops._triton import on_device
 from detr_fast.ops.matching_cost.reference import LARGEST_COST
 from detr_fast.ops.matching_cost.triton_words import as_words, distances, pick
 from detr_fast.ops.matching_cost.types import CostWeights, PackedTargets
@@ -280,7 +280,7 @@ def matching_cost_triton(
         empty = logits[0].new_empty((layers, total, queries), dtype=dtype)
         return empty, empty.new_zeros((layers, batch), dtype=torch.int64)
     launch = Launches(logits, boxes, targets, weights, extra_cost, dtype)
-    with _on(logits[0].device):
+    with on_device(logits[0].device):
         for first_layer in range(0, layers, LAYERS_PER_LAUNCH):
             for first_image in range(0, batch, IMAGES_PER_LAUNCH):
                 launch.costs(first_layer, first_image)
@@ -387,7 +387,3 @@ def _alike(layers: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     if stride[-1] == 1 and all(x.stride() == stride for x in layers):
         return layers
     return [x.contiguous() for x in layers]
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
