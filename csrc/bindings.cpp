@@ -14,6 +14,7 @@
 
 #include "cpu/add_layer_norm.h"
 #include "cpu/assignment.h"
+#include "cpu/mask_loss.h"
 #include "cpu/matching.h"
 #include "cpu/matching_cost.h"
 #include "cpu/set_loss.h"
@@ -161,6 +162,23 @@ void set_loss_backward_cpu(bool is_double, const Pair& elements, int64_t layers,
                                     at<void>(logit_gradient), at<void>(box_gradient), threads);
 }
 
+using Image = std::array<int64_t, 4>;  // address, count, height and width of an image's masks
+
+void mask_loss_cpu(uintptr_t logits, const Triple& sizes, const Pair& frame, const std::vector<Image>& images,
+                   const std::array<uintptr_t, 2>& losses, const std::array<uintptr_t, 2>& gradients, int threads) {
+    const py::gil_scoped_release release;
+    std::vector<detr_fast_target_mask> targets;
+    for (const auto& [address, count, height, width] : images) {
+        const auto* pixels = at<const uint8_t>(static_cast<uintptr_t>(address));
+        for (int64_t t = 0; t < count; ++t) targets.push_back({pixels + t * height * width, height, width});
+    }
+    const detr_fast_mask_loss in{sizes[0],      sizes[1], sizes[2], frame[0], frame[1], at<const float>(logits),
+                                 targets.data()};
+    const detr_fast_mask_losses out{at<float>(losses[0]), at<float>(losses[1]), at<float>(gradients[0]),
+                                    at<float>(gradients[1])};
+    detr_fast_mask_loss_cpu(&in, &out, threads);
+}
+
 #if defined(DETR_FAST_WITH_CUDA)
 
 [[noreturn]] void raise_cuda_error(const char* op, int64_t error) {
@@ -230,6 +248,7 @@ PYBIND11_MODULE(_C, m) {
                 is_double,   sizes,  std::move(logits), std::move(boxes),       std::move(extra), logit_strides,
                 box_strides, labels, target_boxes,      std::move(num_targets), weights,          focal};
         }));
+    m.def("mask_loss_cpu", &mask_loss_cpu);
     m.def("matching_cost_cpu", &matching_cost_cpu);
     m.def("matching_cpu", &matching_cpu);
     m.def("set_loss_cpu", &set_loss_cpu);

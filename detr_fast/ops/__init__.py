@@ -21,6 +21,7 @@ from detr_fast.ops.boxes import (
     xyxy_to_cxcywh,
 )
 from detr_fast.ops.dropout import Dropout
+from detr_fast.ops.mask_loss import MaskLosses, mask_loss
 from detr_fast.ops.matching import Matching, matching
 from detr_fast.ops.matching_cost import CostWeights, MatchingCost, PackedTargets, matching_cost
 from detr_fast.ops.set_loss import CrossEntropy, Focal, SetLosses, Varifocal, set_loss
@@ -30,6 +31,7 @@ __all__ = [
     "CrossEntropy",
     "Dropout",
     "Focal",
+    "MaskLosses",
     "Matching",
     "MatchingCost",
     "PackedTargets",
@@ -44,6 +46,7 @@ __all__ = [
     "cxcywh_to_xyxy",
     "elementwise_giou",
     "elementwise_iou",
+    "mask_loss",
     "matching",
     "matching_cost",
     "pairwise_giou",
