@@ -17,6 +17,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from detr_fast.drawing import class_color, draw_boxes
+from detr_fast.models.tokens import TokenLayout
+from detr_fast.ops import attention_weights
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,38 +36,54 @@ class PointError(ValueError):
 
 @dataclass
 class AttentionInputs:
-    """What an attention layer was called with, batch first."""
+    """What an attention layer was called with, for B images."""
 
-    layer: Any
-    query: Tensor  # [B, Lq, D]
-    key: Tensor  # [B, S, D]
-    key_padding_mask: Tensor | None  # [B, S] bool, True = padding
+    query: Tensor  # [Nq, H, E]
+    key: Tensor  # [Nk, H, E]
+    query_layout: TokenLayout
+    key_layout: TokenLayout
 
-    def weights(self, rows: Tensor) -> Tensor:
-        """Give the weights of the queries ``rows`` [N], mean over the heads, as [B, N, S]."""
-        query = self.query[:, rows.to(self.query.device)]
-        return self.layer.attention_weights(query, self.key, self.key_padding_mask).mean(1)
+    def maps(self, cells: Tensor) -> Tensor:
+        """Where the queries at ``cells`` [N] (row * w + column) look, mean over the heads: [B, N, h, w]."""
+        (query, query_layout), (key, key_layout) = self._of_valid_tokens()
+        tokens = query_layout.tokens_at(cells.to(query.device))  # [B, N]
+        chosen = list(tokens.clamp(min=0))
+        weights = attention_weights(query, key, query_layout.offsets, key_layout.offsets, queries=chosen)
+        maps = key_layout.unpack(torch.cat([image.mean(0) for image in weights], dim=1).T)  # [B, N, h, w]
+        return maps.masked_fill((tokens < 0)[:, :, None, None], 0)
+
+    def _of_valid_tokens(self) -> list[tuple[Tensor, TokenLayout]]:
+        """Query and key without tokens that stand for padding; where there are such, it waits for the device."""
+        pairs = [(self.query, self.query_layout), (self.key, self.key_layout)]
+        return [(x, layout) if layout.padding is None else layout.without_padding(x) for x, layout in pairs]
 
 
 @dataclass
 class AttentionCapture:
     """The inputs of a model's last encoder and decoder attention in its latest forward pass."""
 
-    feature_size: tuple[int, int] = (0, 0)
     inputs: dict[str, AttentionInputs] = field(default_factory=dict)
+
+    @property
+    def feature_size(self) -> tuple[int, int]:
+        """Rows and columns of the feature map, with its padding."""
+        return self._inputs("encoder").key_layout.frame
 
     def decoder_maps(self, queries: Tensor) -> Tensor:
         """Give the cross-attention of the queries [N] in the last decoder layer, mean over heads: [B, N, h, w]."""
-        return self._maps("decoder", queries)
+        return self._inputs("decoder").maps(queries)
 
     def encoder_maps(self, tokens: Tensor) -> Tensor:
-        """Give the self-attention of the tokens [N] (row * w + column) in the last encoder layer: [B, N, h, w]."""
-        return self._maps("encoder", tokens)
+        """Give the self-attention of the tokens [N] (row * w + column) in the last encoder layer: [B, N, h, w].
 
-    def _maps(self, part: str, rows: Tensor) -> Tensor:
+        The map of a token is zero in an image where that place is padding.
+        """
+        return self._inputs("encoder").maps(tokens)
+
+    def _inputs(self, part: str) -> AttentionInputs:
         if part not in self.inputs:
             raise RuntimeError(f"no {part} attention was captured: run the model inside capture_attention first")
-        return self.inputs[part].weights(rows).unflatten(-1, self.feature_size)
+        return self.inputs[part]
 
 
 @contextmanager
@@ -80,10 +98,7 @@ def capture_attention(model: nn.Module) -> Iterator[AttentionCapture]:
     """
     layers = _attention_layers(model)
     capture = AttentionCapture()
-    handles = [model.get_submodule("input_proj").register_forward_hook(_keep_size(capture))]
-    handles += [
-        layer.register_forward_pre_hook(_keep_inputs(capture, part), with_kwargs=True) for part, layer in layers.items()
-    ]
+    handles = [layer.register_forward_pre_hook(_keep_inputs(capture, part)) for part, layer in layers.items()]
     try:
         yield capture
     finally:
@@ -93,7 +108,7 @@ def capture_attention(model: nn.Module) -> Iterator[AttentionCapture]:
 
 def _attention_layers(model: nn.Module) -> dict[str, nn.Module]:
     try:
-        model.get_submodule("input_proj")
+        model.get_submodule("input_proj")  # others have such layers, too, and call them in another way
         encoder = list(model.get_submodule("transformer.encoder.layers").children())
         decoder = list(model.get_submodule("transformer.decoder.layers").children())
         return {
@@ -106,17 +121,10 @@ def _attention_layers(model: nn.Module) -> dict[str, nn.Module]:
         ) from error
 
 
-def _keep_size(capture: AttentionCapture) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        capture.feature_size = (output.shape[-2], output.shape[-1])
-
-    return hook
-
-
 def _keep_inputs(capture: AttentionCapture, part: str) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        named = dict(zip(("query", "key", "value", "key_padding_mask"), args, strict=False)) | kwargs
-        capture.inputs[part] = AttentionInputs(module, named["query"], named["key"], named.get("key_padding_mask"))
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        query, key, _, query_layout, key_layout = args
+        capture.inputs[part] = AttentionInputs(query, key, query_layout, key_layout)
 
     return hook
 

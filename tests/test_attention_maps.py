@@ -11,48 +11,59 @@ from PIL import Image
 from stand_ins import Fixed, noise, small_detr
 from torch import Tensor, nn
 
+from benchmarks.original_transformer import OriginalTransformer
 from detr_fast import DetrDemo, ImageBatch
 from detr_fast.attention_maps import PointError, capture_attention, draw_attention, point_tokens
+from detr_fast.models.tokens import TokenLayout
 from detr_fast.predict import Predictor
 
 
-def torch_attention(layer: Any, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
-    """The weights of PyTorch's own layer, mean over the heads: [B, Lq, S]."""
-    peer = nn.MultiheadAttention(query.shape[-1], layer.num_heads, batch_first=True)
-    peer.load_state_dict(layer.state_dict())
-    return peer(query, key, key, key_padding_mask=mask, need_weights=True)[1]
+def originals_weights(model: Any, batch: ImageBatch) -> tuple[Tensor, Tensor]:
+    """Of the last encoder and decoder layer of a transformer made of PyTorch's own layers, mean over the heads."""
+    original = OriginalTransformer(16, 2, 2, 2, 16).eval()
+    original.load_state_dict(model.transformer.state_dict())
+    features, pos = model.backbone(batch)
+    src = model.input_proj(features[-1].images)
+    original(src, features[-1].mask, model.query_embed.weight, pos[-1])
+    return original.encoder.layers[-1].weights, original.decoder.layers[-1].weights
 
 
-def test_weights_are_those_of_pytorchs_layer() -> None:
+def test_maps_are_those_of_pytorchs_layers() -> None:
     model = small_detr().eval()
     batch = ImageBatch.of([torch.randn(3, 48, 80), torch.randn(3, 64, 32)])
     with torch.no_grad(), capture_attention(model) as capture:
         model(batch)
-        decoder, encoder = capture.decoder_maps(torch.tensor([5, 0])), capture.encoder_maps(torch.tensor([0, 3, 19]))
+        decoder, encoder = capture.decoder_maps(torch.tensor([5, 0])), capture.encoder_maps(torch.tensor([0, 3, 16]))
         assert capture.feature_size == (4, 5)
-        for maps, part, rows in ((decoder, "decoder", [5, 0]), (encoder, "encoder", [0, 3, 19])):
-            inputs = capture.inputs[part]
-            weights = torch_attention(inputs.layer, inputs.query, inputs.key, inputs.key_padding_mask)
-            torch.testing.assert_close(maps, weights[:, rows].unflatten(-1, (4, 5)))
-    assert decoder.shape == (2, 2, 4, 5) and encoder.shape == (2, 3, 4, 5)
+        expected_encoder, expected_decoder = originals_weights(model, batch)
+    torch.testing.assert_close(decoder, expected_decoder[:, [5, 0]].unflatten(-1, (4, 5)))
+    expected = expected_encoder[:, [0, 3, 16]].unflatten(-1, (4, 5))
+    # Place 16, the second of the last row, is padding in the first image; place 3, the fourth of the first, in the
+    # second.
+    expected[0, 2], expected[1, 1] = 0, 0
+    torch.testing.assert_close(encoder, expected)
     torch.testing.assert_close(decoder.sum((2, 3)), torch.ones(2, 2))
     assert (decoder[0, :, 3] == 0).all() and (decoder[1, :, :, 2:] == 0).all(), "padding is not looked at"
     assert decoder.std() > 0.01, "the maps are not flat"
-    assert capture.inputs["decoder"].layer is model.transformer.decoder.layers[-1].multihead_attn
-    assert capture.inputs["encoder"].layer is model.transformer.encoder.layers[-1].self_attn
 
 
-def test_tokens_lie_in_rows_of_the_feature_map() -> None:
-    model = small_detr(num_layers=1).eval()
-    maps: list[Tensor] = []
-    model.input_proj.register_forward_hook(lambda module, args, output: maps.append(output))
-    keys = []
-    for _ in range(2):
-        with torch.no_grad(), capture_attention(model) as capture:
-            model(torch.randn(1, 3, 48, 80))
-        keys.append(capture.inputs["encoder"].key[0].unflatten(0, capture.feature_size))
-    # The positions are the same for both images, so they cancel.
-    torch.testing.assert_close(keys[0] - keys[1], (maps[0] - maps[1])[0].permute(1, 2, 0), atol=1e-5, rtol=1e-4)
+def test_maps_are_the_same_where_the_host_does_not_know_the_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_detr().eval()
+    batch = ImageBatch.of([torch.randn(3, 48, 80), torch.randn(3, 64, 32)])
+    cells = torch.tensor([0, 6])
+    with torch.no_grad(), capture_attention(model) as capture:
+        model(batch)
+        expected = capture.decoder_maps(cells), capture.encoder_maps(cells)
+        with monkeypatch.context() as patched:
+            patched.setattr(TokenLayout, "of", staticmethod(padded_layout))
+            model(batch)
+        assert capture.inputs["encoder"].key_layout.padding is not None
+        torch.testing.assert_close((capture.decoder_maps(cells), capture.encoder_maps(cells)), expected)
+
+
+def padded_layout(mask: Tensor, sizes: object = None) -> TokenLayout:
+    batch, height, width = mask.shape
+    return TokenLayout.full(batch, (height, width), mask.device, mask.flatten(1))
 
 
 def number_of_hooks(model: nn.Module) -> int:
@@ -62,7 +73,7 @@ def number_of_hooks(model: nn.Module) -> int:
 def test_hooks_are_gone_afterwards() -> None:
     model = small_detr()
     with capture_attention(model):
-        assert number_of_hooks(model) == 3
+        assert number_of_hooks(model) == 2
     assert number_of_hooks(model) == 0
     with pytest.raises(RuntimeError, match="stop"), capture_attention(model):
         raise RuntimeError("stop")

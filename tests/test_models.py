@@ -13,7 +13,6 @@ import detr_fast
 from detr_fast import Detr, DetrDemo, ImageBatch, Joiner, PositionEmbeddingLearned, PositionEmbeddingSine, Transformer
 from detr_fast.models.backbone import Backbone, BasicBlock, FrozenBatchNorm2d, ResNet
 from detr_fast.models.presets import build_backbone
-from detr_fast.models.transformer import MultiHeadAttention
 
 
 class NestedTensorLike:
@@ -57,19 +56,6 @@ def test_dropout_acts_in_training_only() -> None:
     assert not torch.equal(model(images)["pred_logits"], model(images)["pred_logits"])
     model.eval()
     assert torch.equal(model(images)["pred_logits"], model(images)["pred_logits"])
-
-
-def test_attention_is_torchs() -> None:
-    ours, theirs = MultiHeadAttention(32, 4), nn.MultiheadAttention(32, 4, batch_first=True)
-    assert ours.state_dict().keys() == theirs.state_dict().keys()
-    nn.init.normal_(theirs.in_proj_bias)
-    ours.load_state_dict(theirs.state_dict())
-    query, key, value = torch.randn(2, 5, 32), torch.randn(2, 9, 32), torch.randn(2, 9, 32)
-    padding = torch.zeros(2, 9, dtype=torch.bool)
-    padding[1, 4:] = True
-    expected, weights = theirs(query, key, value, key_padding_mask=padding, average_attn_weights=False)
-    torch.testing.assert_close(ours(query, key, value, padding), expected)
-    torch.testing.assert_close(ours.attention_weights(query, key, padding), weights)
 
 
 def test_transformer_returns_the_last_layer_alone_unless_asked() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 Target: TypeAlias = dict[str, Tensor]
+Size: TypeAlias = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,15 @@ class ImageBatch:
     Attributes:
         images: [B, 3, H, W] float, zero in the padding (feature maps: [B, channels, H, W]).
         mask: [B, H, W] bool, True = padding.
+        sizes: B (height, width) without padding, on the host, so that nobody has to ask the device for them; they must
+            be those of ``mask``. None where they are not known.
+        padded: whether there is any padding; None where that is not known.
     """
 
     images: Tensor
     mask: Tensor
+    sizes: tuple[Size, ...] | None = None
+    padded: bool | None = field(init=False)
 
     def __post_init__(self) -> None:
         batch, _, height, width = _shape_of_images(self.images)
@@ -32,6 +38,12 @@ class ImageBatch:
             raise ValueError(
                 f"mask must be bool [{batch}, {height}, {width}], got {self.mask.dtype} {list(self.mask.shape)}"
             )
+        padded = None
+        if self.sizes is not None:
+            if len(self.sizes) != batch or not all(0 <= h <= height and 0 <= w <= width for h, w in self.sizes):
+                raise ValueError(f"sizes must be {batch} sizes of at most {height} x {width}, got {self.sizes}")
+            padded = not all(h == height and w == width for h, w in self.sizes)
+        object.__setattr__(self, "padded", padded)  # frozen
 
     @property
     def tensors(self) -> Tensor:
@@ -48,11 +60,11 @@ class ImageBatch:
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> ImageBatch:
         """The same batch on ``device``."""
         images = self.images.to(device, non_blocking=non_blocking)
-        return ImageBatch(images, self.mask.to(device, non_blocking=non_blocking))
+        return ImageBatch(images, self.mask.to(device, non_blocking=non_blocking), self.sizes)
 
     def pin_memory(self) -> ImageBatch:
         """The same batch in page-locked memory; a ``DataLoader(pin_memory=True)`` calls this."""
-        return ImageBatch(self.images.pin_memory(), self.mask.pin_memory())
+        return ImageBatch(self.images.pin_memory(), self.mask.pin_memory(), self.sizes)
 
     @staticmethod
     def of(samples: Any) -> ImageBatch:
@@ -70,7 +82,8 @@ class ImageBatch:
             return samples
         if isinstance(samples, Tensor):
             batch, _, height, width = _shape_of_images(samples)
-            return ImageBatch(samples, samples.new_zeros((batch, height, width), dtype=torch.bool))
+            mask = samples.new_zeros((batch, height, width), dtype=torch.bool)
+            return ImageBatch(samples, mask, ((height, width),) * batch)
         if hasattr(samples, "tensors") and hasattr(samples, "mask"):
             return ImageBatch(samples.tensors, samples.mask)
         if isinstance(samples, Sequence) and not isinstance(samples, str):
@@ -98,7 +111,8 @@ def pad_images(images: Sequence[Tensor]) -> ImageBatch:
         h, w = image.shape[1:]
         padded[:, :h, :w] = image
         padding[:h, :w] = False
-    return ImageBatch(frame, mask)
+    sizes = tuple((image.shape[1], image.shape[2]) for image in images)
+    return ImageBatch(frame, mask, sizes)
 
 
 def collate(samples: Sequence[tuple[Tensor, Target]]) -> tuple[ImageBatch, list[Target]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -185,7 +187,7 @@ class Backbone(nn.Module):
     def forward(self, samples: ImageBatch) -> list[ImageBatch]:
         """The feature maps, each with the mask of its own size, from the largest to the smallest."""
         maps = self.body(samples.tensors)
-        return [with_mask(x, samples.mask) for x in (maps if self.return_interm_layers else maps[-1:])]
+        return [with_mask(x, samples) for x in (maps if self.return_interm_layers else maps[-1:])]
 
 
 class FeatureBackbone(nn.Module):
@@ -216,7 +218,7 @@ class FeatureBackbone(nn.Module):
         if not isinstance(features, Tensor) or features.ndim != 4 or features.shape[1] != self.num_channels:
             got = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise ValueError(f"the backbone must return one map [B, {self.num_channels}, h, w], got {got}")
-        return [with_mask(features, samples.mask)]
+        return [with_mask(features, samples)]
 
 
 class TinyConvNet(nn.Module):
@@ -261,7 +263,21 @@ class Joiner(nn.Sequential):
         return features, [self[1](x).to(x.tensors.dtype) for x in features]
 
 
-def with_mask(features: Tensor, mask: Tensor) -> ImageBatch:
-    """Pair [B, C, h, w] features with the image mask [B, H, W], sampled at the nearest pixel."""
-    small = F.interpolate(mask[None].float(), size=features.shape[-2:])[0].to(torch.bool)
-    return ImageBatch(features, small)
+def with_mask(features: Tensor, samples: ImageBatch) -> ImageBatch:
+    """Pair [B, C, h, w] features with the mask and the sizes of their images, sampled at the nearest pixel."""
+    frame, cells = samples.mask.shape[-2:], features.shape[-2:]
+    mask = F.interpolate(samples.mask[None].float(), size=cells)[0].to(torch.bool)
+    if samples.padded is False:
+        return ImageBatch(features, mask, ((cells[0], cells[1]),) * len(features))
+    # Sizes of padded images differ from batch to batch: a compiled model must not be compiled for each of them.
+    if samples.sizes is None or torch.compiler.is_compiling():
+        return ImageBatch(features, mask)
+    sizes = tuple((_valid_cells(h, frame[0], cells[0]), _valid_cells(w, frame[1], cells[1])) for h, w in samples.sizes)
+    return ImageBatch(features, mask, sizes)
+
+
+@lru_cache(maxsize=4096)
+def _valid_cells(length: int, frame: int, cells: int) -> int:
+    """How many of ``cells`` sample one of the first ``length`` of ``frame`` pixels, rounded as F.interpolate does."""
+    pixels = np.floor(np.arange(cells, dtype=np.float32) * (np.float32(frame) / np.float32(cells)))
+    return int(np.count_nonzero(pixels < length))

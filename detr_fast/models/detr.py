@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from detr_fast.data.batch import ImageBatch
 from detr_fast.models.backbone import Bottleneck, FeatureBackbone, Joiner, ResNet
 from detr_fast.models.position_encoding import PositionEmbeddingSine
+from detr_fast.models.transformer import Transformer
 
 
 class MLP(nn.Module):
@@ -70,11 +71,29 @@ class Detr(nn.Module):
             one for each decoder layer but the last.
         """
         features, pos = self.backbone(ImageBatch.of(samples))
-        src, mask = features[-1].decompose()
-        return self.outputs(self.transformer(self.input_proj(src), mask, self.query_embed.weight, pos[-1])[0])
+        src = self.input_proj(features[-1].tensors)
+        return self.outputs(self.transform(src, features[-1], pos[-1])[0])
+
+    def transform(self, src: Tensor, features: Any, pos: Tensor) -> tuple[Tensor, Tensor]:
+        """Decode a projected feature map.
+
+        Args:
+            src: [B, D, h, w] what ``input_proj`` makes of the map.
+            features: the map itself, an ``ImageBatch`` or the original's ``NestedTensor``, for its mask and sizes.
+            pos: [B, D, h, w].
+
+        Returns:
+            hs [L, B, Q, D] and the encoder's memory [B, D, h, w].
+        """
+        arguments = [src, features.mask, self.query_embed.weight, pos]
+        if isinstance(self.transformer, Transformer) and isinstance(features, ImageBatch):
+            arguments.append(features.sizes)  # others take the original's four arguments
+        return self.transformer(*arguments)
 
     def outputs(self, hs: Tensor) -> dict[str, Any]:
         """What ``forward`` returns, from the decoder's embeddings [L, B, Q, D]."""
+        if not self.aux_loss:
+            hs = hs[-1:]
         logits = self.class_embed(hs)
         boxes = self.bbox_embed(hs).sigmoid()
         layers = [{"pred_logits": a, "pred_boxes": b} for a, b in zip(logits, boxes, strict=True)]

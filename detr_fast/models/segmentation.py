@@ -78,7 +78,7 @@ class DetrSegm(nn.Module):
         src, padding = features[-1].decompose()
         pos = self.detr.backbone[1](features[-1]).to(src.dtype)  # type: ignore[index]
         projected = self.detr.input_proj(src)  # [B, D, h, w]
-        hs, memory = self.detr.transformer(projected, padding, self.detr.query_embed.weight, pos)
+        hs, memory = self.detr.transform(projected, features[-1], pos)
         outputs = self.detr.outputs(hs)
         attention = self.bbox_attention(hs[-1], memory, padding)  # [B, Q, H, h, w]
         maps = self.mask_head.image_maps(projected, [level.tensors for level in reversed(features[:-1])])

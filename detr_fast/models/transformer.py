@@ -1,74 +1,34 @@
 """The encoder-decoder of DETR (Carion et al. 2020, section 3.2 and appendix A.3).
 
-Tensors are batch first: tokens [B, S, D], queries [B, Q, D]. Positional encodings are added to the queries and keys of
-every attention layer, never to the values.
+The tokens of all images lie one behind the other, without padding: [N, D]; queries are [B, Q, D]. Positions are added
+to the queries and keys of every attention layer, never to the values: beside tokens ``x`` there is ``x_pos``, the same
+tokens with their positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from detr_fast.data.batch import Size
+from detr_fast.models.attention import MultiHeadAttention, project_memory
+from detr_fast.models.tokens import TokenLayout
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 
 
-class MultiHeadAttention(nn.Module):
-    """Scaled dot product attention with ``torch.nn.MultiheadAttention``'s parameters (Vaswani et al. 2017).
+class Memory(NamedTuple):
+    """What a decoder layer attends to: keys and values [N, H, E] of the tokens of ``layout``."""
 
-    Args:
-        embed_dim: the model's width D, a multiple of ``num_heads``.
-        num_heads: heads H of size D / H.
-        dropout: probability of dropping an attention weight in training.
-    """
-
-    def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0) -> None:
-        super().__init__()
-        if embed_dim % num_heads:
-            raise ValueError(f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")
-        self.embed_dim = embed_dim
-        self.num_heads = num_heads
-        self.dropout = dropout
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * embed_dim))
-        self.out_proj = nn.Linear(embed_dim, embed_dim)
-        nn.init.xavier_uniform_(self.in_proj_weight)
-        nn.init.zeros_(self.out_proj.bias)
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
-        """Attend.
-
-        Args:
-            query: [B, Lq, D]. key, value: [B, Lk, D].
-            key_padding_mask: [B, Lk] bool, True = padding, not attended to; a row must not be all padding.
-
-        Returns:
-            [B, Lq, D].
-        """
-        wq, wk, wv = self.in_proj_weight.chunk(3)
-        bq, bk, bv = self.in_proj_bias.chunk(3)
-        q, k, v = (
-            self._split_heads(F.linear(x, w, b)) for x, w, b in ((query, wq, bq), (key, wk, bk), (value, wv, bv))
-        )
-        allowed = None if key_padding_mask is None else ~key_padding_mask[:, None, None, :]
-        dropout = self.dropout if self.training else 0.0
-        heads = F.scaled_dot_product_attention(q, k, v, allowed, dropout)  # [B, H, Lq, D / H]
-        return self.out_proj(heads.transpose(1, 2).flatten(2))
-
-    def attention_weights(self, query: Tensor, key: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
-        """How much each query attends to each key, without dropout: [B, H, Lq, Lk], rows sum to 1."""
-        wq, wk, _ = self.in_proj_weight.chunk(3)
-        bq, bk, _ = self.in_proj_bias.chunk(3)
-        q, k = self._split_heads(F.linear(query, wq, bq)), self._split_heads(F.linear(key, wk, bk))
-        scores = q @ k.transpose(2, 3) / (q.shape[-1] ** 0.5)
-        if key_padding_mask is not None:
-            scores = scores.masked_fill(key_padding_mask[:, None, None, :], float("-inf"))
-        return scores.softmax(-1)
-
-    def _split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, length, D / H]
+    key: Tensor
+    value: Tensor
+    layout: TokenLayout
 
 
 class TransformerEncoderLayer(nn.Module):
@@ -95,20 +55,18 @@ class TransformerEncoderLayer(nn.Module):
         self.activation = _activation(activation)
         self.normalize_before = normalize_before
 
-    def forward(self, src: Tensor, src_key_padding_mask: Tensor | None = None, pos: Tensor | None = None) -> Tensor:
-        """[B, S, D] tokens, [B, S] padding mask, [B, S, D] positions, to [B, S, D]."""
+    def forward(self, x: Tensor, x_pos: Tensor, *, pos: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
+        """Tokens [N, D] and the same with their positions ``pos``, before the layer and after it."""
         if self.normalize_before:
-            src = src + self.dropout1(self._attend(self.norm1(src), src_key_padding_mask, pos))
-            return src + self.dropout2(self._feed_forward(self.norm2(src)))
-        src = self.norm1(src + self.dropout1(self._attend(src, src_key_padding_mask, pos)))
-        return self.norm2(src + self.dropout2(self._feed_forward(src)))
+            y = self.norm1(x)
+            x = x + self.dropout1(self._attend(y, y + pos, layout))
+            x = x + self.dropout2(_feed_forward(self, self.norm2(x)))
+            return x, x + pos
+        x, _ = _residual_norm(self.norm1, self.dropout1, self._attend(x, x_pos, layout), x)
+        return _residual_norm(self.norm2, self.dropout2, _feed_forward(self, x), x, pos)
 
-    def _attend(self, x: Tensor, mask: Tensor | None, pos: Tensor | None) -> Tensor:
-        x_pos = _add(x, pos)
-        return self.self_attn(x_pos, x_pos, x, key_padding_mask=mask)
-
-    def _feed_forward(self, x: Tensor) -> Tensor:
-        return self.linear2(self.dropout(self.activation(self.linear1(x))))
+    def _attend(self, x: Tensor, x_pos: Tensor, layout: TokenLayout) -> Tensor:
+        return self.self_attn(*self.self_attn.project_self(x, x_pos), layout, layout)
 
 
 class TransformerDecoderLayer(nn.Module):
@@ -139,31 +97,45 @@ class TransformerDecoderLayer(nn.Module):
         self.normalize_before = normalize_before
 
     def forward(
-        self,
-        tgt: Tensor,
-        memory: Tensor,
-        memory_key_padding_mask: Tensor | None = None,
-        pos: Tensor | None = None,
-        query_pos: Tensor | None = None,
-    ) -> Tensor:
-        """[B, Q, D] queries, [B, S, D] memory, [B, S] its padding mask, positions of both, to [B, Q, D]."""
-        key = _add(memory, pos)
+        self, x: Tensor, x_pos: Tensor, *, query_pos: Tensor, layout: TokenLayout, memory: Memory
+    ) -> tuple[Tensor, Tensor]:
+        """Queries [B, Q, D] and the same with their positions ``query_pos`` [Q, D], before the layer and after it."""
+        return self.attend_memory(*self.attend_self(x, x_pos, query_pos, layout), query_pos, layout, memory)
+
+    def attend_self(self, x: Tensor, x_pos: Tensor, query_pos: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
+        """The first third of the layer; arguments and result as for the layer."""
         if self.normalize_before:
-            tgt = tgt + self.dropout1(self._attend_self(self.norm1(tgt), query_pos))
-            query = _add(self.norm2(tgt), query_pos)
-            tgt = tgt + self.dropout2(self.multihead_attn(query, key, memory, memory_key_padding_mask))
-            return tgt + self.dropout3(self._feed_forward(self.norm3(tgt)))
-        tgt = self.norm1(tgt + self.dropout1(self._attend_self(tgt, query_pos)))
-        query = _add(tgt, query_pos)
-        tgt = self.norm2(tgt + self.dropout2(self.multihead_attn(query, key, memory, memory_key_padding_mask)))
-        return self.norm3(tgt + self.dropout3(self._feed_forward(tgt)))
+            y = self.norm1(x)
+            x = x + self.dropout1(self._attend_self(y, y + query_pos, layout))
+            return x, x
+        return _residual_norm(self.norm1, self.dropout1, self._attend_self(x, x_pos, layout), x, query_pos)
 
-    def _attend_self(self, x: Tensor, query_pos: Tensor | None) -> Tensor:
-        x_pos = _add(x, query_pos)
-        return self.self_attn(x_pos, x_pos, x)
+    def attend_self_of_zeros(self, query_pos: Tensor) -> tuple[Tensor, Tensor]:
+        """``attend_self`` without dropout where x is zero: the same [1, 1, D] for all, and with positions [1, Q, D]."""
+        zeros = query_pos.new_zeros(1, 1, query_pos.shape[-1])
+        if self.normalize_before:
+            x = self.self_attn.of_equal_values(self.norm1(zeros))
+        else:
+            x = self.norm1(self.self_attn.of_equal_values(zeros))
+        return x, x + query_pos
 
-    def _feed_forward(self, x: Tensor) -> Tensor:
-        return self.linear2(self.dropout(self.activation(self.linear1(x))))
+    def attend_memory(
+        self, x: Tensor, x_pos: Tensor, query_pos: Tensor, layout: TokenLayout, memory: Memory
+    ) -> tuple[Tensor, Tensor]:
+        """The rest of the layer."""
+        if self.normalize_before:
+            x = x + self.dropout2(self._attend_memory(self.norm2(x) + query_pos, layout, memory))
+            x = x + self.dropout3(_feed_forward(self, self.norm3(x)))
+            return x, x
+        x, _ = _residual_norm(self.norm2, self.dropout2, self._attend_memory(x_pos, layout, memory), x)
+        return _residual_norm(self.norm3, self.dropout3, _feed_forward(self, x), x, query_pos)
+
+    def _attend_self(self, x: Tensor, x_pos: Tensor, layout: TokenLayout) -> Tensor:
+        return self.self_attn(*self.self_attn.project_self(x, x_pos), layout, layout).view(x.shape)
+
+    def _attend_memory(self, x_pos: Tensor, layout: TokenLayout, memory: Memory) -> Tensor:
+        query = self.multihead_attn.project_query(x_pos)
+        return self.multihead_attn(query, memory.key, memory.value, layout, memory.layout).view(x_pos.shape)
 
 
 class TransformerEncoder(nn.Module):
@@ -173,12 +145,18 @@ class TransformerEncoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.norm = norm
+        self.activation_checkpointing = False
 
-    def forward(self, src: Tensor, src_key_padding_mask: Tensor | None = None, pos: Tensor | None = None) -> Tensor:
-        """[B, S, D] tokens to [B, S, D] memory."""
+    def forward(self, x: Tensor, pos: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
+        """Tokens [N, D] and their positions to the memory [N, D], without and with positions."""
+        x_pos = x + pos
         for layer in self.layers:
-            src = layer(src, src_key_padding_mask, pos)
-        return src if self.norm is None else self.norm(src)
+            run = partial(layer, pos=pos, layout=layout)
+            x, x_pos = _checkpointed(run, x, x_pos) if _checkpoints(self) else run(x, x_pos)
+        if self.norm is None:
+            return x, x_pos
+        x = self.norm(x)
+        return x, x + pos
 
 
 class TransformerDecoder(nn.Module):
@@ -191,25 +169,41 @@ class TransformerDecoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = norm
         self.return_intermediate = return_intermediate
+        self.activation_checkpointing = False
 
-    def forward(
-        self,
-        tgt: Tensor,
-        memory: Tensor,
-        memory_key_padding_mask: Tensor | None = None,
-        pos: Tensor | None = None,
-        query_pos: Tensor | None = None,
-    ) -> Tensor:
-        """[B, Q, D] queries to [L, B, Q, D], every layer's output, or [1, B, Q, D], the last one's."""
+    def forward(self, memory: Tensor, memory_pos: Tensor, query_pos: Tensor, layout: TokenLayout) -> Tensor:
+        """Decode object queries, which start as zeros.
+
+        Args:
+            memory, memory_pos: [N, D] tokens of ``layout``, without and with positions.
+            query_pos: [Q, D].
+
+        Returns:
+            [L, B, Q, D], every layer's output, or [1, B, Q, D], the last one's.
+        """
+        batch = len(layout.offsets.lengths)
+        queries = TokenLayout.full(batch, (1, len(query_pos)), query_pos.device)
+        layers: list[TransformerDecoderLayer] = list(self.layers)  # type: ignore[arg-type]
+        memories = project_memory([layer.multihead_attn for layer in layers], memory, memory_pos)
+        x = torch.zeros_like(query_pos).expand(batch, -1, -1)
+        x_pos = query_pos.expand(batch, -1, -1)
         outputs = []
-        for layer in self.layers:
-            tgt = layer(tgt, memory, memory_key_padding_mask, pos, query_pos)
-            outputs.append(tgt)
+        for index, (layer, (key, value)) in enumerate(zip(layers, memories, strict=True)):
+            run = partial(layer, query_pos=query_pos, layout=queries, memory=Memory(key, value, layout))
+            if index == 0 and not self.training:
+                # All queries start with the same value: there is nothing to choose from. Dropout would break this.
+                x, x_pos = (y.expand(batch, len(query_pos), -1) for y in layer.attend_self_of_zeros(query_pos))
+                x, x_pos = layer.attend_memory(x, x_pos, query_pos, queries, Memory(key, value, layout))
+            else:
+                x, x_pos = _checkpointed(run, x, x_pos) if _checkpoints(self) else run(x, x_pos)
+            outputs.append(x)
         return self.norm(torch.stack(outputs if self.return_intermediate else outputs[-1:]))
 
 
 class Transformer(nn.Module):
     """Encoder over the image's tokens, decoder from object queries to object embeddings.
+
+    Padding is left out before the first layer: nothing is computed on it, and nothing depends on it.
 
     Args:
         d_model: width D.
@@ -220,6 +214,8 @@ class Transformer(nn.Module):
         activation: "relu" or "gelu".
         normalize_before: layer norm before each block (pre-norm), not after its residual (post-norm).
         return_intermediate_dec: return every decoder layer's output (auxiliary losses need them).
+        activation_checkpointing: in training keep only the layers' inputs, and compute the rest again in the backward
+            pass: less memory, a third more time.
     """
 
     def __init__(
@@ -233,6 +229,7 @@ class Transformer(nn.Module):
         activation: str = "relu",
         normalize_before: bool = False,
         return_intermediate_dec: bool = False,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         arguments = (d_model, nhead, dim_feedforward, dropout, activation, normalize_before)
@@ -243,11 +240,19 @@ class Transformer(nn.Module):
         self.decoder = TransformerDecoder(decoder_layers, nn.LayerNorm(d_model), return_intermediate_dec)
         self.d_model = d_model
         self.nhead = nhead
+        self.encoder.activation_checkpointing = self.decoder.activation_checkpointing = activation_checkpointing
         for parameter in self.parameters():
             if parameter.ndim > 1:
                 nn.init.xavier_uniform_(parameter)
 
-    def forward(self, src: Tensor, mask: Tensor, query_embed: Tensor, pos_embed: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        src: Tensor,
+        mask: Tensor,
+        query_embed: Tensor,
+        pos_embed: Tensor,
+        sizes: Sequence[Size] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Turn a feature map into object embeddings.
 
         Args:
@@ -255,24 +260,39 @@ class Transformer(nn.Module):
             mask: [B, h, w] bool, True = padding.
             query_embed: [Q, D] the learned object queries, used as the queries' positions in every decoder layer.
             pos_embed: [B, D, h, w] positions of the tokens.
+            sizes: the valid (height, width) of each map, as ``mask`` has them. Without them a mask on the CPU is read;
+                on another device, where that would wait, the result is the same but padding is computed on.
 
         Returns:
-            hs [L, B, Q, D] (L = 1 without ``return_intermediate_dec``) and the encoder's memory [B, D, h, w].
+            hs [L, B, Q, D] (L = 1 without ``return_intermediate_dec``) and the encoder's memory [B, D, h, w], which
+            is zero where there is padding.
         """
-        tokens = src.flatten(2).transpose(1, 2)  # [B, S, D]
-        pos = pos_embed.flatten(2).transpose(1, 2)
-        query_pos = query_embed.expand(len(src), -1, -1)  # [B, Q, D]
-        padding = mask.flatten(1)
-        memory = self.encoder(tokens, padding, pos)
-        hs = self.decoder(torch.zeros_like(query_pos), memory, padding, pos, query_pos)
-        return hs, memory.transpose(1, 2).reshape(src.shape)
+        layout = TokenLayout.of(mask, sizes)
+        memory, memory_pos = self.encoder(layout.pack(src), layout.pack(pos_embed), layout)
+        return self.decoder(memory, memory_pos, query_embed, layout), layout.unpack(memory)
+
+
+def _residual_norm(
+    norm: nn.LayerNorm, dropout: nn.Dropout, branch: Tensor, x: Tensor, pos: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """norm(x + dropout(branch)), and the same with positions; x twice without any."""
+    y = norm(x + dropout(branch))
+    return y, y if pos is None else y + pos
+
+
+def _feed_forward(layer: TransformerEncoderLayer | TransformerDecoderLayer, x: Tensor) -> Tensor:
+    return layer.linear2(layer.dropout(layer.activation(layer.linear1(x))))
+
+
+def _checkpoints(part: TransformerEncoder | TransformerDecoder) -> bool:
+    return part.activation_checkpointing and part.training and torch.is_grad_enabled()
+
+
+def _checkpointed(run: Callable[..., tuple[Tensor, Tensor]], x: Tensor, x_pos: Tensor) -> tuple[Tensor, Tensor]:
+    return checkpoint(run, x, x_pos, use_reentrant=False)
 
 
 def _activation(name: str) -> Callable[[Tensor], Tensor]:
     if name not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
     return ACTIVATIONS[name]
-
-
-def _add(x: Tensor, position: Tensor | None) -> Tensor:
-    return x if position is None else x + position
