@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from detr_fast.data.batch import Size
 from detr_fast.models.attention import MultiHeadAttention, project_memory
 from detr_fast.models.tokens import TokenLayout
+from detr_fast.ops import Dropout, add_layer_norm
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 
@@ -276,8 +277,9 @@ def _residual_norm(
     norm: nn.LayerNorm, dropout: nn.Dropout, branch: Tensor, x: Tensor, pos: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """norm(x + dropout(branch)), and the same with positions; x twice without any."""
-    y = norm(x + dropout(branch))
-    return y, y if pos is None else y + pos
+    drawn = Dropout.draw(dropout.p, x.device) if dropout.training and dropout.p > 0 else None
+    y = add_layer_norm(branch, x, norm.weight, norm.bias, eps=norm.eps, dropout=drawn, pos=pos)
+    return y if isinstance(y, tuple) else (y, y)
 
 
 def _feed_forward(layer: TransformerEncoderLayer | TransformerDecoderLayer, x: Tensor) -> Tensor:
