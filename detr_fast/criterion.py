@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -11,22 +11,40 @@ from torch import Tensor, nn
 
 from detr_fast.data.batch import Target
 from detr_fast.distributed import mean_over_processes
-from detr_fast.matcher import HungarianMatcher, matched_pairs
+from detr_fast.matcher import HungarianMatcher
+from detr_fast.ops import CrossEntropy, PackedTargets
 from detr_fast.ops.boxes import cxcywh_to_xyxy, elementwise_giou
+from detr_fast.ops.set_loss.api import stacked_losses
 from detr_fast.targets import check_targets
 
 Indices = Sequence[tuple[Tensor, Tensor]]
+
+# The results of ``set_loss``, and those of them that belong to each of ``losses``.
+ROWS = ("loss_ce", "loss_bbox", "loss_giou", "class_error", "cardinality_error")
+NAMES = {
+    "labels": ("loss_ce", "class_error"),
+    "boxes": ("loss_bbox", "loss_giou"),
+    "cardinality": ("cardinality_error",),
+}
+# The original finds those of masks too costly to compute at every layer.
+FINAL_LAYER_ONLY = ("masks",)
 
 
 class SetCriterion(nn.Module):
     """Matches predictions and targets, then trains the matched pairs, at every decoder layer.
 
+    Matching and losses are computed for all layers and images at once, and on a GPU without waiting for it. A subclass
+    may change that in the original's ways, at the original's cost: a loss whose method (``loss_labels``,
+    ``loss_boxes``, ``loss_cardinality``) it overrides is computed layer by layer, and with a ``get_loss`` of its own
+    all are; a matcher with a ``forward`` of its own is asked layer by layer, and then all losses are too.
+
     Args:
         num_classes: C, without "no object".
         matcher: (outputs, targets) to a (queries, targets) pair of index tensors for each image.
         weight_dict: the weight of each loss by its name. ``forward`` does not apply it: the training loop does.
-        eos_coef: weight of the class "no object" in the cross-entropy.
-        losses: which to compute: "labels", "boxes", "cardinality".
+        eos_coef: weight of the class "no object" in the cross-entropy. The weights of all classes are the buffer
+            ``empty_weight`` [C + 1], and can be changed there.
+        losses: which to compute: "labels", "boxes", "cardinality", and what a subclass's ``get_loss`` adds.
         validate: check the targets (see ``check_targets``); malformed ones may otherwise raise anything, or nothing.
     """
 
@@ -47,14 +65,9 @@ class SetCriterion(nn.Module):
         self.eos_coef = eos_coef
         self.losses = list(losses)
         self.validate = validate
-        self._loss_functions = {
-            "labels": self.loss_labels,
-            "boxes": self.loss_boxes,
-            "cardinality": self.loss_cardinality,
-        }
-        unknown = set(losses) - set(self._loss_functions)
-        if unknown:
-            raise ValueError(f"losses must be among {sorted(self._loss_functions)}, got {sorted(unknown)}")
+        unknown = set(losses) - set(self._loss_functions())
+        if unknown and self._is_original("get_loss"):
+            raise ValueError(f"losses must be among {sorted(self._loss_functions())}, got {sorted(unknown)}")
         empty_weight = torch.ones(num_classes + 1)
         empty_weight[-1] = eos_coef
         self.register_buffer("empty_weight", empty_weight)
@@ -73,24 +86,44 @@ class SetCriterion(nn.Module):
             with a wrong class, last layer only) and ``cardinality_error`` (objects), scalars on the outputs' device.
 
         Raises:
-            ValueError: targets are malformed (see ``check_targets``).
+            ValueError: targets are malformed (see ``check_targets``), or outputs and criterion do not fit together.
         """
         if self.validate:
             check_targets(targets, self.num_classes, batch_size=len(outputs["pred_logits"]))
         num_boxes = self._num_boxes(outputs["pred_logits"], targets)
-        layers = [outputs, *outputs.get("aux_outputs", [])]
-        final, *earlier = [
-            self._layer_losses(layer, targets, indices, num_boxes)
-            for layer, indices in zip(layers, self._match(layers, targets), strict=True)
-        ]
+        layers = [outputs, *outputs.get("aux_outputs", ())]
+        # A matcher that matches in its own way is asked layer by layer, as in the original.
+        way = self._losses_at_once if _is_hungarian(self.matcher) else self._losses_by_layer
+        final, *earlier = way(layers, targets, num_boxes)
         losses = dict(final)
         for number, layer_losses in enumerate(earlier):
-            layer_losses.pop("class_error", None)
             losses.update({f"{name}_{number}": value for name, value in layer_losses.items()})
         return losses
 
+    def get_loss(
+        self,
+        loss: str,
+        outputs: dict[str, Tensor],
+        targets: Sequence[Target],
+        indices: Indices,
+        num_boxes: Tensor,
+        **options: Any,
+    ) -> dict[str, Tensor]:
+        """One of ``losses``, of one layer: what ``forward`` calls for those that it does not compute at once.
+
+        Args:
+            indices: for each image the matched (queries, targets), the queries ascending, on the outputs' device.
+            options: ``log=False`` for "labels" of an earlier layer: without the class error.
+        """
+        return self._loss_functions()[loss](outputs, targets, indices, num_boxes, **options)
+
     def loss_labels(
-        self, outputs: dict[str, Tensor], targets: Sequence[Target], indices: Indices, num_boxes: Tensor
+        self,
+        outputs: dict[str, Tensor],
+        targets: Sequence[Target],
+        indices: Indices,
+        num_boxes: Tensor,
+        log: bool = True,
     ) -> dict[str, Tensor]:
         """Weighted cross-entropy of all queries, the unmatched ones being "no object"; and the class error."""
         logits = _float32(outputs["pred_logits"])  # [B, Q, C + 1]
@@ -99,9 +132,11 @@ class SetCriterion(nn.Module):
         target_classes = torch.full(logits.shape[:2], self.num_classes, dtype=torch.int64, device=logits.device)
         target_classes[matched] = labels
         weight = self.empty_weight.to(logits.dtype)
-        loss_ce = F.cross_entropy(logits.flatten(0, 1), target_classes.flatten(), weight)
-        correct = (logits.detach()[matched].argmax(-1) == labels).to(logits.dtype)
-        return {"loss_ce": loss_ce, "class_error": 100 - 100 * correct.sum() / max(len(labels), 1)}
+        losses = {"loss_ce": F.cross_entropy(logits.flatten(0, 1), target_classes.flatten(), weight)}
+        if log:
+            correct = (logits.detach()[matched].argmax(-1) == labels).to(logits.dtype)
+            losses["class_error"] = 100 - 100 * correct.sum() / max(len(labels), 1)
+        return losses
 
     @torch.no_grad()
     def loss_cardinality(
@@ -126,30 +161,103 @@ class SetCriterion(nn.Module):
             "loss_giou": (1 - giou).sum() / num_boxes,
         }
 
-    def _match(self, layers: Sequence[dict[str, Any]], targets: Sequence[Target]) -> list[Indices]:
-        """The matched pairs of every decoder layer; in one call where the matcher can do that."""
-        # A subclass that matches in its own way is asked layer by layer, as in the original.
-        if type(self.matcher).forward is not HungarianMatcher.forward:
-            return [self.matcher({k: v for k, v in layer.items() if k != "aux_outputs"}, targets) for layer in layers]
-        matcher = cast(HungarianMatcher, self.matcher)
-        queries = matcher.match_layers(layers, targets, validate=False)  # [L, N]
-        queries = queries.cpu()  # what is below indexes with tensors of the host
-        counts = [len(target["labels"]) for target in targets]
-        return [[matched_pairs(image) for image in layer.split(counts)] for layer in queries]
+    def _losses_by_layer(
+        self, layers: Sequence[dict[str, Any]], targets: Sequence[Target], num_boxes: Tensor
+    ) -> list[dict[str, Tensor]]:
+        alone = [{key: value for key, value in layer.items() if key != "aux_outputs"} for layer in layers]
+        matches = [self.matcher(layer, targets) for layer in alone]
+        return [
+            self._layer_losses(number, layer, targets, indices, num_boxes, {})
+            for number, (layer, indices) in enumerate(zip(layers, matches, strict=True))
+        ]
+
+    def _losses_at_once(
+        self, layers: Sequence[dict[str, Any]], targets: Sequence[Target], num_boxes: Tensor
+    ) -> list[dict[str, Tensor]]:
+        packed = PackedTargets.pack(targets)
+        names = [name for name in self.losses if name in NAMES and self._is_original(f"loss_{name}", "get_loss")]
+        losses: dict[int, dict[str, Tensor]] = {}
+        for group in _alike(layers):
+            logits, boxes = ([layers[number][key] for number in group] for key in ("pred_logits", "pred_boxes"))
+            queries = cast(HungarianMatcher, self.matcher).match_packed(logits, boxes, packed)  # [layers here, N]
+            values = self._values_at_once(logits, boxes, packed, queries, num_boxes) if names else {}
+            for place, number in enumerate(group):
+                known = {name: {row: values[row][place] for row in NAMES[name]} for name in names}
+                if number > 0 and "labels" in known:
+                    del known["labels"]["class_error"]
+                # Of layers whose losses are all known nobody looks at the pairs.
+                lacking = len(names) < len(self.losses)
+                indices = _pairs(queries[place], packed.num_targets, logits[0].shape[1]) if lacking else ()
+                losses[number] = self._layer_losses(number, layers[number], targets, indices, num_boxes, known)
+        return [losses[number] for number in range(len(layers))]
+
+    def _values_at_once(
+        self, logits: list[Tensor], boxes: list[Tensor], packed: PackedTargets, queries: Tensor, num_boxes: Tensor
+    ) -> dict[str, tuple[Tensor, ...]]:
+        """The numbers of each layer by their names."""
+        weight, layers = self.empty_weight, len(logits)
+        if len(weight) != logits[0].shape[2] or weight.device != logits[0].device:
+            expected = f"[B, Q, {len(weight)}] (num_classes + 1) on {weight.device}, where the criterion is"
+            raise ValueError(f"pred_logits must be {expected}, got {list(logits[0].shape)} on {logits[0].device}")
+        losses, metrics = stacked_losses(logits, boxes, packed, queries, CrossEntropy(weight=weight), num_boxes)
+        numbers = (*losses.flatten().unbind(), *metrics.flatten().unbind())  # one node for autograd
+        return {row: numbers[i * layers : (i + 1) * layers] for i, row in enumerate(ROWS)}
 
     def _layer_losses(
-        self, outputs: dict[str, Any], targets: Sequence[Target], indices: Indices, num_boxes: Tensor
+        self,
+        number: int,
+        outputs: dict[str, Tensor],
+        targets: Sequence[Target],
+        indices: Indices,
+        num_boxes: Tensor,
+        known: Mapping[str, dict[str, Tensor]],
     ) -> dict[str, Tensor]:
+        """Every loss of a layer, of which 0 is the final one, in the order of ``self.losses``."""
         losses: dict[str, Tensor] = {}
         for name in self.losses:
-            losses.update(self._loss_functions[name](outputs, targets, indices, num_boxes))
+            if name in known:
+                losses.update(known[name])
+            elif number == 0 or name not in FINAL_LAYER_ONLY:
+                options = {"log": False} if number > 0 and name == "labels" else {}
+                losses.update(self.get_loss(name, outputs, targets, indices, num_boxes, **options))
         return losses
+
+    def _loss_functions(self) -> dict[str, Callable[..., dict[str, Tensor]]]:
+        return {"labels": self.loss_labels, "boxes": self.loss_boxes, "cardinality": self.loss_cardinality}
+
+    def _is_original(self, *methods: str) -> bool:
+        """Whether no subclass has overridden these, and nobody has replaced them in this object."""
+        return all(getattr(getattr(self, m), "__func__", None) is getattr(SetCriterion, m) for m in methods)
 
     def _num_boxes(self, logits: Tensor, targets: Sequence[Target]) -> Tensor:
         """Targets of the batch, averaged over processes, at least 1: the normaliser of the box losses."""
         count = sum(len(target["labels"]) for target in targets)
         num_boxes = torch.full((), count, dtype=torch.float32, device=logits.device)
         return mean_over_processes(num_boxes).clamp(min=1)
+
+
+def _is_hungarian(matcher: nn.Module) -> bool:
+    """Whether no subclass has changed how it matches."""
+    return all(getattr(type(matcher), m, 0) is getattr(HungarianMatcher, m) for m in ("forward", "match_layers"))
+
+
+def _alike(layers: Sequence[dict[str, Any]]) -> Iterable[list[int]]:
+    """The numbers of layers whose outputs are of one kind: two-stage models have one of more queries."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for number, layer in enumerate(layers):
+        logits, boxes = layer["pred_logits"], layer["pred_boxes"]
+        groups.setdefault((logits.shape, logits.dtype, boxes.shape, boxes.dtype), []).append(number)
+    return groups.values()
+
+
+def _pairs(query_of_target: Tensor, num_targets: Sequence[int], num_queries: int) -> Indices:
+    """[N] queries of a layer to the matched (queries, targets) of each image, the queries ascending, on the device."""
+    pairs = []
+    for image in query_of_target.split(list(num_targets)):
+        queries, targets = image.sort()
+        unmatched = max(len(image) - num_queries, 0)  # known without looking: every query has a target then
+        pairs.append((queries[unmatched:], targets[unmatched:]))
+    return pairs
 
 
 def _float32(x: Tensor) -> Tensor:

@@ -80,9 +80,13 @@ class HungarianMatcher(nn.Module):
         boxes = [outputs["pred_boxes"] for outputs in layers]
         if validate:
             check_targets(targets, num_classes=logits[0].shape[-1] - 1, batch_size=len(logits[0]))
-        packed = PackedTargets.pack(targets)
+        return self.match_packed(logits, boxes, PackedTargets.pack(targets))
+
+    @torch.no_grad()
+    def match_packed(self, logits: Sequence[Tensor], boxes: Sequence[Tensor], targets: PackedTargets) -> Tensor:
+        """As ``match_layers``, of predictions as ``matching`` takes them, whose targets are packed and checked."""
         weights = CostWeights(self.cost_class, self.cost_bbox, self.cost_giou)
-        queries, num_nonfinite = matching(logits, boxes, packed, weights)
+        queries, num_nonfinite = matching(logits, boxes, targets, weights)
         if self.strict and bool(num_nonfinite.any()):  # waits for the device, as asked for
             _raise_for_nonfinite(logits, boxes, targets)
         return queries
@@ -95,13 +99,15 @@ def matched_pairs(query_of_target: Tensor) -> tuple[Tensor, Tensor]:
     return queries[unmatched:], targets[unmatched:]
 
 
-def _raise_for_nonfinite(logits: Sequence[Tensor], boxes: Sequence[Tensor], targets: Sequence[Target]) -> None:
+def _raise_for_nonfinite(logits: Sequence[Tensor], boxes: Sequence[Tensor], targets: PackedTargets) -> None:
     """Name the first pair whose cost is not a number, and the term that is to blame."""
+    counts = list(targets.num_targets)
+    of_images = list(zip(targets.labels.split(counts), targets.boxes.split(counts), strict=True))
     for layer, (layer_logits, layer_boxes) in enumerate(zip(logits, boxes, strict=True)):
-        for image, target in enumerate(targets):
-            query_boxes, target_boxes = layer_boxes[image][:, None], target["boxes"]
+        for image, (labels, target_boxes) in enumerate(of_images):
+            query_boxes = layer_boxes[image][:, None]
             terms = {
-                "class probability": layer_logits[image].softmax(-1)[:, target["labels"]],
+                "class probability": layer_logits[image].softmax(-1)[:, labels],
                 "L1 distance": (query_boxes - target_boxes).abs().sum(-1),
                 "GIoU": elementwise_giou(cxcywh_to_xyxy(query_boxes), cxcywh_to_xyxy(target_boxes)),
             }

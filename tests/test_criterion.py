@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from small import random_outputs, random_targets, small_criterion, small_detr
 
 from detr_fast import HungarianMatcher, SetCriterion
+from detr_fast.ops import _native
 from detr_fast.ops.boxes import cxcywh_to_xyxy, elementwise_giou
 
 
@@ -97,6 +99,178 @@ def test_targets_that_another_check_has_passed_need_not_be_checked() -> None:
         small_criterion()(random_outputs(2), targets)
     losses = small_criterion(validate=False)(random_outputs(2), targets)
     assert all(loss.isfinite() for loss in losses.values())
+
+
+class MatchesAsTheOriginal(HungarianMatcher):
+    """A matcher with a ``forward`` of its own, so that a criterion goes layer by layer."""
+
+    def forward(self, outputs: dict, targets: list) -> list:
+        return super().forward(outputs, targets)
+
+
+def outputs_of_layers(batch: int = 2, layers: int = 3) -> dict:
+    outputs = [random_outputs(batch) for _ in range(layers)]
+    for layer in outputs:
+        for value in layer.values():
+            value.requires_grad_()
+    return outputs[0] | {"aux_outputs": outputs[1:]}
+
+
+def weighted_gradients(criterion: SetCriterion, outputs: dict, targets: list) -> tuple[dict, list[torch.Tensor]]:
+    losses = criterion(outputs, targets)
+    total = sum((i + 1) * loss for i, loss in enumerate(losses.values()) if loss.requires_grad)
+    inputs = [layer[key] for layer in (outputs, *outputs["aux_outputs"]) for key in ("pred_logits", "pred_boxes")]
+    return losses, list(torch.autograd.grad(total, inputs))
+
+
+@pytest.mark.parametrize("counts", [[3, 2], [0, 4], [0, 0], [9, 7]])
+@pytest.mark.parametrize("losses", [["labels", "boxes", "cardinality"], ["boxes", "labels"]])
+def test_all_at_once_is_as_layer_by_layer(counts: list[int], losses: list[str]) -> None:
+    outputs, targets = outputs_of_layers(), random_targets(counts)
+    at_once = SetCriterion(5, HungarianMatcher(1, 5, 2), {}, 0.1, losses)
+    by_layer = SetCriterion(5, MatchesAsTheOriginal(1, 5, 2), {}, 0.1, losses)
+    (found, gradients), (expected, others) = (weighted_gradients(c, outputs, targets) for c in (at_once, by_layer))
+    assert list(found) == list(expected)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradients, others, rtol=1e-5, atol=1e-6)
+    assert {name for name, loss in found.items() if not loss.requires_grad} <= {
+        *("class_error", "cardinality_error", "cardinality_error_0", "cardinality_error_1")
+    }
+
+
+def test_weights_of_classes_may_be_changed() -> None:
+    outputs, targets = outputs_of_layers(), random_targets([3, 2])
+    found, expected = small_criterion(), small_criterion()
+    expected.matcher = MatchesAsTheOriginal(1, 5, 2)
+    before = found(outputs, targets)["loss_ce_1"]
+    for criterion in (found, expected):
+        criterion.empty_weight.copy_(torch.tensor([0.5, 2, 1, 0.7, 3, 0.2]))
+    after = found(outputs, targets)["loss_ce_1"]
+    torch.testing.assert_close(after, expected(outputs, targets)["loss_ce_1"])
+    assert abs(after.item() - before.item()) > 1e-3
+
+
+class TestSubclass:
+    """The ways in which users of the original change its criterion."""
+
+    def test_a_loss_overridden_is_asked_of_every_layer(self) -> None:
+        class OnlyL1(SetCriterion):
+            calls = 0
+
+            def loss_boxes(self, outputs: dict, targets: list, indices: list, num_boxes: torch.Tensor) -> dict:
+                OnlyL1.calls += 1
+                losses = super().loss_boxes(outputs, targets, indices, num_boxes)
+                return {"loss_bbox": 2 * losses["loss_bbox"]}
+
+        outputs, targets = outputs_of_layers(), random_targets([3, 9])
+        losses = OnlyL1(5, HungarianMatcher(1, 5, 2), {}, 0.1, ["labels", "boxes"])(outputs, targets)
+        plain = small_criterion()(outputs, targets)
+        assert OnlyL1.calls == 3
+        assert set(losses) == {"class_error", *(f"loss_{n}{s}" for n in ("ce", "bbox") for s in ("", "_0", "_1"))}
+        for suffix in ("", "_0", "_1"):
+            torch.testing.assert_close(losses["loss_ce" + suffix], plain["loss_ce" + suffix])
+            torch.testing.assert_close(losses["loss_bbox" + suffix], 2 * plain["loss_bbox" + suffix])
+
+    def test_a_loss_of_ones_own(self) -> None:
+        class WithSizes(SetCriterion):
+            def loss_sizes(self, outputs: dict, targets: list, indices: list, num_boxes: torch.Tensor) -> dict:
+                images = torch.cat([torch.full_like(queries, i) for i, (queries, _) in enumerate(indices)])
+                found = outputs["pred_boxes"][images, torch.cat([queries for queries, _ in indices])]
+                wanted = torch.cat([t["boxes"][chosen] for t, (_, chosen) in zip(targets, indices, strict=True)])
+                return {"loss_size": (found - wanted)[:, 2:].abs().sum() / num_boxes}
+
+            def get_loss(self, loss: str, *arguments: object, **options: object) -> dict:
+                if loss == "sizes":
+                    return self.loss_sizes(*arguments)
+                return super().get_loss(loss, *arguments, **options)
+
+        outputs, targets = outputs_of_layers(), random_targets([3, 9])
+        names = ["labels", "boxes", "cardinality", "sizes"]
+        losses = WithSizes(5, HungarianMatcher(1, 5, 2), {}, 0.1, names)(outputs, targets)
+        plain = small_criterion()(outputs, targets)
+        for name, value in plain.items():
+            torch.testing.assert_close(losses.pop(name), value)
+        assert set(losses) == {"loss_size", "loss_size_0", "loss_size_1"}
+        assert 0 < losses["loss_size_1"] < plain["loss_bbox_1"]
+
+    def test_masks_are_left_to_the_final_layer(self) -> None:
+        class WithMasks(SetCriterion):
+            def get_loss(self, loss: str, *arguments: object, **options: object) -> dict:
+                return {"loss_mask": torch.tensor(1.0)} if loss == "masks" else {}
+
+        losses = WithMasks(5, HungarianMatcher(1, 5, 2), {}, 0.1, ["masks"])(
+            outputs_of_layers(), random_targets([1, 2])
+        )
+        assert list(losses) == ["loss_mask"]
+
+    def test_a_method_replaced_in_the_object(self) -> None:
+        criterion = small_criterion()
+        criterion.loss_cardinality = lambda *_: {"cardinality_error": torch.tensor(7.0)}
+        losses = criterion(outputs_of_layers(), random_targets([1, 2]))
+        assert [losses[f"cardinality_error{s}"].item() for s in ("", "_0", "_1")] == [7.0] * 3
+
+    def test_pairs_are_those_of_the_matcher(self) -> None:
+        seen = []
+
+        class Looks(SetCriterion):
+            def loss_boxes(self, outputs: dict, targets: list, indices: list, num_boxes: torch.Tensor) -> dict:
+                seen.append((outputs, indices))
+                return {}
+
+        outputs, targets = outputs_of_layers(3), random_targets([3, 9, 0])
+        criterion = Looks(5, HungarianMatcher(1, 5, 2), {}, 0.1, ["boxes"])
+        criterion(outputs, targets)
+        assert len(seen) == 3
+        for layer, indices in seen:
+            for found, expected in zip(indices, criterion.matcher(layer, targets), strict=True):
+                assert [x.tolist() for x in found] == [x.tolist() for x in expected]
+
+
+def test_layers_of_several_kinds() -> None:
+    outputs, targets = random_outputs(2), random_targets([3, 2])
+    halved = {key: value.bfloat16() for key, value in random_outputs(2).items()}
+    outputs["aux_outputs"] = [random_outputs(2, num_queries=11), random_outputs(2), halved]
+    losses = small_criterion()(outputs, targets)
+    for number, layer in enumerate(outputs["aux_outputs"]):
+        alone = small_criterion()(layer, targets)
+        for name in ("loss_ce", "loss_bbox", "loss_giou", "cardinality_error"):
+            torch.testing.assert_close(losses[f"{name}_{number}"], alone[name])
+
+
+def test_refuses_outputs_of_another_number_of_classes() -> None:
+    with pytest.raises(ValueError, match=r"pred_logits must be \[B, Q, 6\] \(num_classes \+ 1\).*got \[2, 7, 9\]"):
+        small_criterion()(random_outputs(2, num_classes=8), random_targets([3, 2]))
+
+
+def test_a_training_run_follows_that_of_the_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_detr()
+    state = copy.deepcopy(model.state_dict())
+    images, targets = torch.randn(2, 3, 64, 96), random_targets([4, 3])
+    by_native = train_five_steps(model, images, targets)
+    monkeypatch.setattr(_native, "load", lambda: _native.Native(None, "the native module was not built"))
+    model.load_state_dict(state)
+    by_reference = train_five_steps(model, images, targets)
+    assert by_native[-1]["loss_giou"] < by_native[0]["loss_giou"]
+    for found, expected in zip(by_native, by_reference, strict=True):
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def train_five_steps(model: torch.nn.Module, images: torch.Tensor, targets: list) -> list[dict[str, float]]:
+    criterion, backbone = small_criterion(), list(model.backbone.parameters())
+    others = [p for name, p in model.named_parameters() if not name.startswith("backbone")]
+    optimizer = torch.optim.AdamW([{"params": others}, {"params": backbone, "lr": 1e-4}], lr=1e-3, weight_decay=1e-4)
+    history = []
+    for _ in range(5):
+        losses = criterion(model(images), targets)
+        history.append({name: value.item() for name, value in losses.items()})
+        optimizer.zero_grad()
+        weights = {
+            name: next((w for k, w in criterion.weight_dict.items() if name.startswith(k)), 0) for name in losses
+        }
+        sum(losses[name] * weight for name, weight in weights.items()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+    return history
 
 
 def test_a_matcher_of_ones_own_is_asked_for_every_layer() -> None:
