@@ -21,6 +21,7 @@ from detr_fast.models.presets import (
 from detr_fast.models.segmentation import DetrSegm
 from detr_fast.models.transformer import Transformer
 from detr_fast.postprocess import PostProcess
+from detr_fast.postprocess_masks import PostProcessPanoptic, PostProcessSegm
 
 # The original's own spellings.
 DETR = Detr
@@ -45,6 +46,8 @@ __all__ = [
     "PositionEmbeddingLearned",
     "PositionEmbeddingSine",
     "PostProcess",
+    "PostProcessPanoptic",
+    "PostProcessSegm",
     "Predictor",
     "SetCriterion",
     "Transformer",

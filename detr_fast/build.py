@@ -22,6 +22,7 @@ from detr_fast.models.presets import build_backbone
 from detr_fast.models.segmentation import DetrSegm
 from detr_fast.models.transformer import Transformer
 from detr_fast.postprocess import PostProcess
+from detr_fast.postprocess_masks import PostProcessPanoptic, PostProcessSegm
 
 # torchvision's IMAGENET1K_V1 weights, those the original starts from; the file name ends in its hash.
 IMAGENET_URLS = {
@@ -30,6 +31,9 @@ IMAGENET_URLS = {
     "resnet50": "https://download.pytorch.org/models/resnet50-0676ba61.pth",
     "resnet101": "https://download.pytorch.org/models/resnet101-63fe2227.pth",
 }
+
+# COCO's panoptic categories: things up to 90, stuff from there on.
+COCO_THINGS = {number: number <= 90 for number in range(201)}
 
 # The original's defaults, for what a namespace or a checkpoint does not say.
 DEFAULTS: dict[str, Any] = {
@@ -53,7 +57,8 @@ def build_model(args: Any) -> tuple[Detr | DetrSegm, SetCriterion, dict[str, nn.
         args: any object with the original's attributes; what it lacks has the original's default.
 
     Returns:
-        The model, the criterion (moved to ``args.device``), and ``{"bbox": PostProcess()}``.
+        The model, the criterion (moved to ``args.device``), and the post-processors by their names: "bbox", with
+        masks "segm", and for the data set "coco_panoptic" also "panoptic".
 
     Raises:
         ValueError: an option has no such value.
@@ -73,7 +78,7 @@ def build_model(args: Any) -> tuple[Detr | DetrSegm, SetCriterion, dict[str, nn.
     elif weights not in ("none", "imagenet"):
         load_backbone_weights(model, options.backbone, weights)
     criterion = criterion_from_args(options)
-    return model, criterion.to(options.device), {"bbox": PostProcess()}
+    return model, criterion.to(options.device), postprocessors_from_args(options)
 
 
 def model_from_args(args: Any) -> Detr | DetrSegm:
@@ -104,10 +109,10 @@ def model_from_args(args: Any) -> Detr | DetrSegm:
 def criterion_from_args(args: Any) -> SetCriterion:
     """Matcher, loss weights (the same at every decoder layer) and criterion; ``args`` as in ``build_model``."""
     options = _options(args)
-    if options.masks:
-        raise ValueError("masks=True: the losses of masks are not part of this version")
     matcher = HungarianMatcher(options.set_cost_class, options.set_cost_bbox, options.set_cost_giou)
     weights = {"loss_ce": 1.0, "loss_bbox": options.bbox_loss_coef, "loss_giou": options.giou_loss_coef}
+    if options.masks:
+        weights |= {"loss_mask": options.mask_loss_coef, "loss_dice": options.dice_loss_coef}
     layers = range(options.dec_layers - 1) if options.aux_loss else ()
     weight_dict = weights | {f"{name}_{layer}": weight for layer in layers for name, weight in weights.items()}
     return SetCriterion(
@@ -115,8 +120,19 @@ def criterion_from_args(args: Any) -> SetCriterion:
         matcher=matcher,
         weight_dict=weight_dict,
         eos_coef=options.eos_coef,
-        losses=["labels", "boxes", "cardinality"],
+        losses=["labels", "boxes", "cardinality", *(["masks"] if options.masks else [])],
     )
+
+
+def postprocessors_from_args(args: Any) -> dict[str, nn.Module]:
+    """What ``build_model`` returns last; ``args`` as there."""
+    options = _options(args)
+    postprocessors: dict[str, nn.Module] = {"bbox": PostProcess()}
+    if options.masks:
+        postprocessors["segm"] = PostProcessSegm()
+        if options.dataset_file == "coco_panoptic":
+            postprocessors["panoptic"] = PostProcessPanoptic(COCO_THINGS)
+    return postprocessors
 
 
 def load_backbone_weights(model: Detr | DetrSegm, name: str, weights: str | os.PathLike[str] = "imagenet") -> None:

@@ -62,6 +62,8 @@ class LossConfig:
     set_cost_giou: float = _option(2.0, "weight of the generalised IoU in the matching cost")
     bbox_loss_coef: float = _option(5.0, "weight of the L1 loss")
     giou_loss_coef: float = _option(2.0, "weight of the generalised IoU loss")
+    mask_loss_coef: float = _option(1.0, "weight of the focal loss of masks")
+    dice_loss_coef: float = _option(1.0, "weight of the dice loss of masks")
     eos_coef: float = _option(0.1, "weight of the class no-object in the cross-entropy")
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from detr_fast.data.batch import Target
 from detr_fast.distributed import mean_over_processes
+from detr_fast.mask_losses import mask_losses
 from detr_fast.matcher import HungarianMatcher
 from detr_fast.ops import CrossEntropy, PackedTargets
 from detr_fast.ops.boxes import cxcywh_to_xyxy, elementwise_giou
@@ -44,7 +45,7 @@ class SetCriterion(nn.Module):
         weight_dict: the weight of each loss by its name. ``forward`` does not apply it: the training loop does.
         eos_coef: weight of the class "no object" in the cross-entropy. The weights of all classes are the buffer
             ``empty_weight`` [C + 1], and can be changed there.
-        losses: which to compute: "labels", "boxes", "cardinality", and what a subclass's ``get_loss`` adds.
+        losses: which to compute: "labels", "boxes", "cardinality", "masks", and what a subclass's ``get_loss`` adds.
         validate: check the targets (see ``check_targets``); malformed ones may otherwise raise anything, or nothing.
     """
 
@@ -79,11 +80,13 @@ class SetCriterion(nn.Module):
         Args:
             outputs: ``pred_logits`` [B, Q, C + 1], ``pred_boxes`` [B, Q, 4] cxcywh in [0, 1], and, for auxiliary
                 losses, ``aux_outputs``, a list of such dicts.
-            targets: B dicts with "labels" [T] int64 and "boxes" [T, 4] cxcywh in [0, 1].
+            targets: B dicts with "labels" [T] int64 and "boxes" [T, 4] cxcywh in [0, 1], for "masks" also "masks"
+                [T, height, width] bool; then ``pred_masks`` is among the outputs.
 
         Returns:
-            ``loss_ce``, ``loss_bbox``, ``loss_giou``, and for logging ``class_error`` (percent of matched queries
-            with a wrong class, last layer only) and ``cardinality_error`` (objects), scalars on the outputs' device.
+            ``loss_ce``, ``loss_bbox``, ``loss_giou``, ``loss_mask``, ``loss_dice``, and for logging ``class_error``
+            (percent of matched queries with a wrong class, last layer only) and ``cardinality_error`` (objects),
+            scalars on the outputs' device.
 
         Raises:
             ValueError: targets are malformed (see ``check_targets``), or outputs and criterion do not fit together.
@@ -161,6 +164,12 @@ class SetCriterion(nn.Module):
             "loss_giou": (1 - giou).sum() / num_boxes,
         }
 
+    def loss_masks(
+        self, outputs: dict[str, Any], targets: Sequence[Target], indices: Indices, num_boxes: Tensor
+    ) -> dict[str, Tensor]:
+        """``loss_mask`` and ``loss_dice`` of matched masks (see ``mask_losses``); of the last layer only."""
+        return mask_losses(outputs["pred_masks"], targets, indices, num_boxes)
+
     def _losses_by_layer(
         self, layers: Sequence[dict[str, Any]], targets: Sequence[Target], num_boxes: Tensor
     ) -> list[dict[str, Tensor]]:
@@ -223,7 +232,12 @@ class SetCriterion(nn.Module):
         return losses
 
     def _loss_functions(self) -> dict[str, Callable[..., dict[str, Tensor]]]:
-        return {"labels": self.loss_labels, "boxes": self.loss_boxes, "cardinality": self.loss_cardinality}
+        return {
+            "labels": self.loss_labels,
+            "boxes": self.loss_boxes,
+            "cardinality": self.loss_cardinality,
+            "masks": self.loss_masks,
+        }
 
     def _is_original(self, *methods: str) -> bool:
         """Whether no subclass has overridden these, and nobody has replaced them in this object."""

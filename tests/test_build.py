@@ -7,7 +7,7 @@ from argparse import Namespace
 import pytest
 import torch
 
-from detr_fast import build_model, detr_resnet50, model_from_checkpoint
+from detr_fast import DetrSegm, build_model, detr_resnet50, model_from_checkpoint
 from detr_fast.build import load_backbone_weights, model_from_args
 from detr_fast.checkpoint import CheckpointError
 
@@ -61,9 +61,22 @@ def test_a_learning_rate_of_zero_freezes_the_backbone() -> None:
     assert not any(p.requires_grad for p in model.backbone.parameters())
 
 
-def test_masks_are_refused_until_their_losses_are_there() -> None:
-    with pytest.raises(ValueError, match="the losses of masks"):
-        build_model(Namespace(**SMALL, masks=True))
+@pytest.mark.parametrize("dataset", ["coco", "coco_panoptic"])
+def test_masks_as_in_the_original(dataset: str) -> None:
+    args = Namespace(**SMALL, masks=True, dataset_file=dataset, mask_loss_coef=2, frozen_weights=None)
+    model, criterion, postprocessors = build_model(args)
+    assert isinstance(model, DetrSegm) and model.detr.query_embed.weight.requires_grad
+    assert criterion.losses == ["labels", "boxes", "cardinality", "masks"]
+    assert criterion.weight_dict["loss_mask"] == 2 and criterion.weight_dict["loss_dice_0"] == 1
+    assert set(postprocessors) == {"bbox", "segm"} | ({"panoptic"} if dataset == "coco_panoptic" else set())
+    if dataset == "coco_panoptic":
+        assert postprocessors["panoptic"].is_thing_map == {number: number <= 90 for number in range(201)}
+
+
+def test_a_frozen_detector_is_not_trained() -> None:
+    model, _, _ = build_model(Namespace(**SMALL, masks=True, frozen_weights="detector.pth"))
+    trained = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {"mask_head", "bbox_attention"}
 
 
 def test_missing_imagenet_weights_are_a_warning_that_says_so(monkeypatch) -> None:

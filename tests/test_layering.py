@@ -23,7 +23,8 @@ LAYERS = (
     ("detr_fast.ops",),
     ("detr_fast.checkpoint", "detr_fast.config", "detr_fast.data", "detr_fast.distributed"),
     ("detr_fast.models",),
-    ("detr_fast.targets", "detr_fast.matcher", "detr_fast.criterion", "detr_fast.postprocess"),
+    ("detr_fast.targets", "detr_fast.matcher", "detr_fast.mask_losses", "detr_fast.criterion"),
+    ("detr_fast.postprocess", "detr_fast.postprocess_masks"),
     ("detr_fast.build",),
     (),
     ("detr_fast.demo",),
@@ -142,7 +143,8 @@ def test_public_names_exist():
 
 def hot_path() -> list[Path]:
     folders = [path for path in MODULES if path.parts[len(PACKAGE.parts)] in ("ops", "models")]
-    return [*folders, PACKAGE / "matcher.py", PACKAGE / "criterion.py", PACKAGE / "postprocess.py"]
+    names = ("matcher", "mask_losses", "criterion", "postprocess", "postprocess_masks")
+    return [*folders, *(PACKAGE / f"{name}.py" for name in names)]
 
 
 @pytest.mark.parametrize("path", hot_path(), ids=module_name)
