@@ -33,14 +33,6 @@ struct Row {
     }
 };
 
-template <typename Real>
-inline Real total(const Real* values, int64_t columns) {
-    Real sum = 0;
-    DETR_FAST_PRAGMA(omp simd reduction(+ : sum))
-    for (int64_t c = 0; c < columns; ++c) sum += values[c];
-    return sum;
-}
-
 // Drops what the random numbers say, scales what is left.
 template <typename Real>
 inline void drop(const Inputs& in, const uint16_t* __restrict__ random, Real* __restrict__ values) {
@@ -50,28 +42,24 @@ inline void drop(const Inputs& in, const uint16_t* __restrict__ random, Real* __
     for (int64_t c = 0; c < in.columns; ++c) values[c] = random[c] < threshold ? Real(0) : values[c] * scale;
 }
 
-// row.sum = residual + dropout(x) of row i.
+// row.sum = residual + dropout(x) of row i; returns its sum over columns.
 template <typename Real>
-inline void add(const Inputs& in, int64_t i, const Row<Real>& row) {
-    if (in.seed == nullptr) {
-        read_row(in.residual, i, in.columns, row.sum);
-        add_row(in.x, i, in.columns, row.sum);
-        return;
-    }
-    fill_random(static_cast<uint64_t>(*in.seed), 0, 0, static_cast<uint32_t>(i), 0, in.columns, row.random);
+inline Real add(const Inputs& in, int64_t i, const Row<Real>& row) {
     read_row(in.x, i, in.columns, row.sum);
-    drop(in, row.random, row.sum);
-    add_row(in.residual, i, in.columns, row.sum);
+    if (in.seed != nullptr) {
+        fill_random(static_cast<uint64_t>(*in.seed), 0, 0, static_cast<uint32_t>(i), 0, in.columns, row.random);
+        drop(in, row.random, row.sum);
+    }
+    return add_row(in.residual, i, in.columns, row.sum);
 }
 
 // The mean is subtracted before squares are summed: their sum less that of the mean would lose the digits that a mean
 // far from 0 has in common with all.
 template <typename Real>
 inline void forward_row(const Inputs& in, const Outputs& out, int64_t i, const Row<Real>& row) {
-    add(in, i, row);
-    Real* __restrict__ sum = row.sum;
     const auto columns = static_cast<Real>(in.columns);
-    const Real mean = total(sum, in.columns) / columns;
+    const Real mean = add(in, i, row) / columns;
+    Real* __restrict__ sum = row.sum;
     Real squares = 0;
     DETR_FAST_PRAGMA(omp simd reduction(+ : squares))
     for (int64_t c = 0; c < in.columns; ++c) {
@@ -81,12 +69,12 @@ inline void forward_row(const Inputs& in, const Outputs& out, int64_t i, const R
     const Real rstd = Real(1) / std::sqrt(squares / columns + static_cast<Real>(out.eps));
     const Real* __restrict__ weight = static_cast<const Real*>(in.weight);
     const Real* __restrict__ bias = static_cast<const Real*>(out.bias);
-    DETR_FAST_PRAGMA(omp simd)
-    for (int64_t c = 0; c < in.columns; ++c) sum[c] = sum[c] * rstd * weight[c] + bias[c];
-    write_row(out.y, out.y_dtype, i, in.columns, sum);
+    const auto result = [=](int64_t c) { return sum[c] * rstd * weight[c] + bias[c]; };
+    write_row(out.y, out.y_dtype, i, in.columns, result);
     if (out.pos_rows > 0) {
-        add_row(out.pos, i % out.pos_rows, in.columns, sum);
-        write_row(out.y_pos, out.y_dtype, i, in.columns, sum);
+        read_row(out.pos, i % out.pos_rows, in.columns, row.other);
+        const Real* __restrict__ pos = row.other;
+        write_row(out.y_pos, out.y_dtype, i, in.columns, [=](int64_t c) { return result(c) + pos[c]; });
     }
     if (out.mean != nullptr) {
         static_cast<Real*>(out.mean)[i] = mean;
@@ -125,10 +113,11 @@ inline void backward_row(const Inputs& in, const Gradients& gradients, int64_t i
     along_normal /= static_cast<Real>(in.columns);
     DETR_FAST_PRAGMA(omp simd)
     for (int64_t c = 0; c < in.columns; ++c) incoming[c] = (incoming[c] - along_ones - normal[c] * along_normal) * rstd;
-    write_row(gradients.residual, in.residual.dtype, i, in.columns, incoming);
+    const auto result = [=](int64_t c) { return incoming[c]; };
+    write_row(gradients.residual, in.residual.dtype, i, in.columns, result);
     if (gradients.x == nullptr) return;
     if (in.seed != nullptr) drop(in, row.random, incoming);
-    write_row(gradients.x, in.x.dtype, i, in.columns, incoming);
+    write_row(gradients.x, in.x.dtype, i, in.columns, result);
 }
 
 template <typename Real>

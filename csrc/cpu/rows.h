@@ -39,21 +39,29 @@ inline void read_row(const detr_fast_rows& rows, int64_t i, int64_t columns, Rea
     });
 }
 
+// Adds row i to `to`; returns the sum over columns.
 template <typename Real>
-inline void add_row(const detr_fast_rows& rows, int64_t i, int64_t columns, Real* __restrict__ to) {
+inline Real add_row(const detr_fast_rows& rows, int64_t i, int64_t columns, Real* __restrict__ to) {
+    Real sum = 0;
     visit_row(rows, i, [&](const auto* __restrict__ from) {
-        DETR_FAST_PRAGMA(omp simd)
-        for (int64_t c = 0; c < columns; ++c) to[c] += static_cast<Real>(widened(from[c]));
+        Real of_row = 0;
+        DETR_FAST_PRAGMA(omp simd reduction(+ : of_row))
+        for (int64_t c = 0; c < columns; ++c) {
+            to[c] += static_cast<Real>(widened(from[c]));
+            of_row += to[c];
+        }
+        sum = of_row;
     });
+    return sum;
 }
 
-// Writes row i of a contiguous matrix [.., columns].
-template <typename Real>
-inline void write_row(void* matrix, int32_t dtype, int64_t i, int64_t columns, const Real* __restrict__ from) {
+// Writes value(column) into row i of a contiguous matrix [.., columns].
+template <typename Value>
+inline void write_row(void* matrix, int32_t dtype, int64_t i, int64_t columns, const Value& value) {
     const auto write = [&](auto* __restrict__ to) {
         to += i * columns;
         DETR_FAST_PRAGMA(omp simd)
-        for (int64_t c = 0; c < columns; ++c) narrow(from[c], to[c]);
+        for (int64_t c = 0; c < columns; ++c) narrow(value(c), to[c]);
     };
     switch (dtype) {
         case detr_fast_float64:

@@ -10,6 +10,7 @@
 #include <system_error>
 #include <thread>
 #include <utility>
+#include <vector>
 
 #if defined(_WIN32)
 #include <process.h>
@@ -18,33 +19,35 @@
 #include <unistd.h>
 #define DETR_FAST_GETPID getpid
 #endif
+#if defined(__linux__)
+#include <dlfcn.h>
+#endif
 
 namespace detr_fast {
 namespace {
 
 class Job {
   public:
-    Job(int64_t count, const std::function<void(int64_t)>& task) : count_(count), task_(task) {}
-
-    void work() {
-        for (int64_t i = next_.fetch_add(1); i < count_; i = next_.fetch_add(1)) {
-            try {
-                task_(i);
-            } catch (...) {
-                const std::lock_guard<std::mutex> lock(mutex_);
-                if (!error_) error_ = std::current_exception();
-                next_.store(count_);
-            }
-        }
+    Job(int64_t count, int threads, const std::function<void(int64_t)>& task)
+        : count_(count), task_(task), shares_(static_cast<size_t>(threads)) {
+        for (int t = 0; t < threads; ++t) shares_[t].next = first_of(t);
     }
 
-    void enter() { helpers_.fetch_add(1); }
+    // The thread takes its own share of the tasks from the first on, then what is left of the others'.
+    void work(int thread) {
+        const int threads = static_cast<int>(shares_.size());
+        if (thread >= threads) return;
+        for (int other = 0; other < threads; ++other) work_on((thread + other) % threads);
+    }
 
-    void leave() {
+    void help() {
+        work(helpers_that_came_.fetch_add(1) + 1);
         const std::lock_guard<std::mutex> lock(mutex_);
         helpers_.fetch_sub(1);
         left_.notify_all();
     }
+
+    void enter() { helpers_.fetch_add(1); }
 
     void wait_for_helpers() {
         std::unique_lock<std::mutex> lock(mutex_);
@@ -54,10 +57,32 @@ class Job {
     }
 
   private:
+    struct alignas(64) Share {  // a cache line, so that threads do not take each other's away
+        std::atomic<int64_t> next{0};
+    };
+
+    int64_t first_of(int64_t thread) const { return count_ * thread / static_cast<int64_t>(shares_.size()); }
+
+    void work_on(int thread) {
+        std::atomic<int64_t>& next = shares_[thread].next;
+        const int64_t end = first_of(thread + 1);
+        for (int64_t i = next.fetch_add(1); i < end && !failed_.load(); i = next.fetch_add(1)) {
+            try {
+                task_(i);
+            } catch (...) {
+                const std::lock_guard<std::mutex> lock(mutex_);
+                if (!error_) error_ = std::current_exception();
+                failed_.store(true);
+            }
+        }
+    }
+
     const int64_t count_;
     const std::function<void(int64_t)>& task_;
-    std::atomic<int64_t> next_{0};
+    std::vector<Share> shares_;
+    std::atomic<bool> failed_{false};
     std::atomic<int> helpers_{0};
+    std::atomic<int> helpers_that_came_{0};
     std::mutex mutex_;
     std::condition_variable left_;
     std::exception_ptr error_;
@@ -107,8 +132,7 @@ class Pool {
                 tickets_.pop_front();
                 job->enter();
             }
-            job->work();
-            job->leave();
+            job->help();
         }
     }
 
@@ -119,17 +143,65 @@ class Pool {
     int threads_ = 0;
 };
 
+// The process that loaded this module.
+const auto process = DETR_FAST_GETPID();
+
+// The OpenMP runtime that torch brings into the process, where it is one that GCC's programs can call. Its threads do
+// torch's work before and after: they are awake, and the rows that a thread is given are in its cache.
+class Team {
+  public:
+    static const Team& instance() {
+        static const Team team;
+        return team;
+    }
+
+    // Its threads do not survive fork.
+    bool is_there() const { return run_ != nullptr && thread_ != nullptr && process == DETR_FAST_GETPID(); }
+
+    void run(Job& job) const {
+        struct Argument {
+            Job& job;
+            int (*thread)();
+        } argument{job, thread_};
+        const auto work = [](void* of) {
+            const auto& [own_job, thread] = *static_cast<Argument*>(of);
+            own_job.work(thread());
+        };
+        // With torch's own number of threads (0 asks for it): the runtime ends threads that a smaller team leaves over.
+        run_(work, &argument, 0, 0);
+    }
+
+  private:
+    Team() {
+#if defined(__linux__)
+        run_ = reinterpret_cast<Run>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+        thread_ = reinterpret_cast<int (*)()>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
+#endif
+    }
+
+    using Run = void (*)(void (*work)(void*), void* argument, unsigned threads, unsigned flags);
+
+    Run run_ = nullptr;
+    int (*thread_)() = nullptr;
+};
+
 }  // namespace
 
 void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& task) {
-    const int helpers = static_cast<int>(std::min<int64_t>(threads, count)) - 1;
-    if (helpers <= 0) {
+    const int workers = static_cast<int>(std::min<int64_t>(threads, count));
+    if (workers <= 1) {
         for (int64_t i = 0; i < count; ++i) task(i);
         return;
     }
-    const auto job = std::make_shared<Job>(count, task);
-    Pool::instance().post(job, helpers);
-    job->work();
+    if (const Team& team = Team::instance(); team.is_there()) {
+        Job job(count, workers, task);
+        team.run(job);
+        job.wait_for_helpers();
+        return;
+    }
+    const auto job = std::make_shared<Job>(count, workers, task);
+    Pool::instance().post(job, workers - 1);
+    job->work(0);
     Pool::instance().withdraw(job);
     job->wait_for_helpers();
 }
