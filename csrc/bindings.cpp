@@ -18,6 +18,7 @@
 #include "cpu/matching.h"
 #include "cpu/matching_cost.h"
 #include "cpu/set_loss.h"
+#include "cpu/widths.h"
 #if defined(DETR_FAST_WITH_CUDA)
 #include "cuda/assignment.h"
 #include "cuda/matching.h"
@@ -235,6 +236,8 @@ void matching_cuda(const MatchingInputs& m, const std::array<int32_t, 4>& dtypes
 PYBIND11_MODULE(_C, m) {
     m.doc() = "The native half of detr_fast.ops.";
     m.attr("compiler") = DETR_FAST_COMPILER;
+    m.def("vector_bytes", &detr_fast::vector_bytes);
+    m.def("limit_vector_bytes", &detr_fast::limit_vector_bytes);
     py::class_<AddLayerNormInputs>(m, "AddLayerNormInputs")
         .def(py::init<const Pair&, const Rows&, const Rows&, uintptr_t, uintptr_t, int64_t, double, bool>());
     m.def("add_layer_norm_cpu", &add_layer_norm_cpu);

@@ -8,6 +8,7 @@
 #include "slot_lsap.h"
 #include "solver.h"
 #include "thread_pool.h"
+#include "widths.h"
 
 namespace detr_fast {
 
@@ -33,17 +34,18 @@ Outcome solve_by_columns(const CostMatrix<Cost>& cost, bool rows_are_targets, vo
     return outcome;
 }
 
-#if defined(DETR_FAST_HAS_FLOATS)
-template <typename Cost>
+#if defined(DETR_FAST_HAS_VECTORS)
+template <int Bytes, typename Cost>
 Outcome solve_by_slots(const CostMatrix<Cost>& cost, bool rows_are_targets, void* memory, int64_t* query_of_target) {
+    using Slots = SlotAssignment<Cost, Bytes>;
     constexpr int64_t forever = std::numeric_limits<int64_t>::max();
-    SlotAssignment<Cost> slots(cost, memory);
+    Slots slots(cost, memory);
     if (!slots.start()) return Outcome::invalid;
     bool paused = false;
     Outcome outcome = slots.match_rows(slots.rows_want_the_same() ? 2 * cost.rows : forever, paused);
     if (paused) {
-        auto* after_slots = static_cast<unsigned char*>(memory) + SlotAssignment<Cost>::bytes(cost.rows, cost.columns);
-        PricedAssignment<Cost> priced(cost, after_slots);
+        auto* after_slots = static_cast<unsigned char*>(memory) + Slots::bytes(cost.rows, cost.columns);
+        PricedAssignment<Cost, Bytes> priced(cost, after_slots);
         if (priced.solve()) {
             write_matching(priced.column_of_row(), cost, rows_are_targets, query_of_target);
             return Outcome::solved;
@@ -58,21 +60,29 @@ Outcome solve_by_slots(const CostMatrix<Cost>& cost, bool rows_are_targets, void
 #endif
 
 template <typename Cost>
-Outcome solve_quickest(const CostMatrix<Cost>& cost, bool rows_are_targets, void* memory, int64_t* query_of_target) {
-#if defined(DETR_FAST_HAS_FLOATS)
-    if (SlotAssignment<Cost>::is_quicker(cost.rows, cost.columns)) {
-        return solve_by_slots(cost, rows_are_targets, memory, query_of_target);
-    }
+struct Solve {
+    const CostMatrix<Cost>& cost;
+    bool rows_are_targets;
+    void* memory;
+    int64_t* query_of_target;
+
+    template <int Bytes>
+    Outcome run() const {
+#if defined(DETR_FAST_HAS_VECTORS)
+        if (SlotAssignment<Cost, Bytes>::is_quicker(cost.rows, cost.columns)) {
+            return solve_by_slots<Bytes>(cost, rows_are_targets, memory, query_of_target);
+        }
 #endif
-    return solve_by_columns(cost, rows_are_targets, memory, query_of_target);
-}
+        return solve_by_columns(cost, rows_are_targets, memory, query_of_target);
+    }
+};
 
 template <typename Cost>
 size_t memory_for(int64_t rows, int64_t columns) {
     size_t bytes = Assignment::bytes(rows, columns);
-#if defined(DETR_FAST_HAS_FLOATS)
-    const size_t quicker = SlotAssignment<Cost>::bytes(rows, columns) + PricedAssignment<Cost>::bytes(rows, columns);
-    bytes = std::max(bytes, quicker);
+#if defined(DETR_FAST_HAS_VECTORS)
+    const size_t slots = SlotAssignment<Cost, widest_vector_bytes>::bytes(rows, columns);
+    bytes = std::max(bytes, slots + PricedAssignment<Cost, widest_vector_bytes>::bytes(rows, columns));
 #endif
     return bytes;
 }
@@ -83,14 +93,12 @@ size_t solver_memory(bool is_double, int64_t rows, int64_t columns) {
     return is_double ? memory_for<double>(rows, columns) : memory_for<float>(rows, columns);
 }
 
-DETR_FAST_CLONES Outcome solve(const CostMatrix<float>& cost, bool rows_are_targets, void* memory,
-                               int64_t* query_of_target) {
-    return solve_quickest(cost, rows_are_targets, memory, query_of_target);
+Outcome solve(const CostMatrix<float>& cost, bool rows_are_targets, void* memory, int64_t* query_of_target) {
+    return with_widest_vectors(Solve<float>{cost, rows_are_targets, memory, query_of_target});
 }
 
-DETR_FAST_CLONES Outcome solve(const CostMatrix<double>& cost, bool rows_are_targets, void* memory,
-                               int64_t* query_of_target) {
-    return solve_quickest(cost, rows_are_targets, memory, query_of_target);
+Outcome solve(const CostMatrix<double>& cost, bool rows_are_targets, void* memory, int64_t* query_of_target) {
+    return with_widest_vectors(Solve<double>{cost, rows_are_targets, memory, query_of_target});
 }
 
 namespace {

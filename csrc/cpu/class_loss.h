@@ -1,4 +1,4 @@
-// Class losses of a query: a row of logits to the loss and its gradient. Rows of floats go sixteen at a time.
+// Class losses of a query: a row of logits to the loss and its gradient. Rows of floats go a vector at a time.
 
 #pragma once
 
@@ -8,29 +8,10 @@
 #include <limits>
 #include <type_traits>
 
-#include "floats.h"
 #include "set_loss.h"
+#include "vectors.h"
 
 namespace detr_fast {
-
-// log(1 + e) for e in [0, 1]: 2 atanh(z) with z = e / (2 + e) <= 1/3. Eight terms of the series; the ninth is below
-// 2^-29 of the sum.
-template <typename Number>
-DETR_FAST_INLINE Number log_of_one_plus(Number e) {
-    const Number z = e / (e + 2.0f);
-    const Number s = z * z;
-    Number p = s * (1.0f / 15.0f) + 1.0f / 13.0f;
-    p = p * s + 1.0f / 11.0f;
-    p = p * s + 1.0f / 9.0f;
-    p = p * s + 1.0f / 7.0f;
-    p = p * s + 1.0f / 5.0f;
-    p = p * s + 1.0f / 3.0f;
-    return (z + z) * (p * s + 1.0f);
-}
-
-inline double log_of_one_plus(double e) {
-    return std::log1p(e);
-}
 
 template <typename Number>
 struct Sigmoid {     // of a logit
@@ -97,7 +78,7 @@ struct SigmoidRow {
 };
 
 // The softmax's sum, and factor times its probabilities in slope, unless that is null.
-template <typename Real>
+template <int, typename Real>
 DETR_FAST_INLINE SoftmaxRow<Real> softmax_row(const Real* logits, int64_t classes, Real factor, Real* slope) {
     Real highest = logits[0];
     for (int64_t c = 1; c < classes; ++c) highest = logits[c] > highest ? logits[c] : highest;
@@ -114,7 +95,7 @@ DETR_FAST_INLINE SoftmaxRow<Real> softmax_row(const Real* logits, int64_t classe
 }
 
 // The loss of all classes but `label` (-1: of all), none of which is there.
-template <typename Real>
+template <int, typename Real>
 DETR_FAST_INLINE SigmoidRow<Real> sigmoid_row(const Real* logits, int64_t classes, int64_t label,
                                               const SigmoidLoss<Real>& sigmoid, Real factor, Real* slope) {
     SigmoidRow<Real> row{logits[0], 0.0};
@@ -127,66 +108,56 @@ DETR_FAST_INLINE SigmoidRow<Real> sigmoid_row(const Real* logits, int64_t classe
     return row;
 }
 
-#if defined(DETR_FAST_HAS_FLOATS)
-typedef int32_t Lanes __attribute__((vector_size(64)));
-
-DETR_FAST_INLINE void store(float* to, const Floats& x) {
-    std::memcpy(to, &x, sizeof(x));
-}
-
-// What is left of a row after its whole sixteens are its last sixteen, of which the first have been seen.
-struct LastFloats {
-    int64_t whole, start;
-    Lanes unseen;
-
-    explicit LastFloats(int64_t classes) : whole(classes / num_floats * num_floats), start(classes - num_floats) {
-        const auto first = static_cast<int32_t>(whole - start);
-        for (int32_t l = 0; l < num_floats; ++l) unseen[l] = l >= first ? -1 : 0;
-    }
-};
-
+#if defined(DETR_FAST_HAS_VECTORS)
+template <int Bytes>
 DETR_FAST_INLINE SoftmaxRow<float> softmax_row(const float* logits, int64_t classes, float factor, float* slope) {
-    if (classes < num_floats) return softmax_row<float>(logits, classes, factor, slope);
+    using Floats = Vector<float, Bytes>;
+    constexpr int64_t width = RowEnd<Bytes>::width;
+    if (classes < width) return softmax_row<Bytes, float>(logits, classes, factor, slope);
     constexpr Higher higher;
     constexpr Add add;
-    const LastFloats end(classes);
-    const Floats last = load(logits + end.start);
+    const RowEnd<Bytes> end(classes);
+    const Floats last = load<Floats>(logits + end.start);
     Floats high = last;
-    for (int64_t c = 0; c < end.whole; c += num_floats) high = higher(load(logits + c), high);
+    for (int64_t c = 0; c < end.whole; c += width) high = higher(load<Floats>(logits + c), high);
     const float highest = reduce(high, higher);
     const Floats last_e = exp_of_nonpositive(last - highest);
     Floats sums = end.unseen ? last_e : Floats{};
-    for (int64_t c = 0; c < end.whole; c += num_floats) {
-        const Floats e = exp_of_nonpositive(load(logits + c) - highest);
+    for (int64_t c = 0; c < end.whole; c += width) {
+        const Floats e = exp_of_nonpositive(load<Floats>(logits + c) - highest);
         sums += e;
         if (slope != nullptr) store(slope + c, e);
     }
     const float sum = reduce(sums, add);
     if (slope != nullptr) {
         const float scale = factor / sum;
-        for (int64_t c = 0; c < end.whole; c += num_floats) store(slope + c, load(slope + c) * scale);
+        for (int64_t c = 0; c < end.whole; c += width) store(slope + c, load<Floats>(slope + c) * scale);
         store(slope + end.start, last_e * scale);
     }
     return {highest, sum};
 }
 
+template <int Bytes>
 DETR_FAST_INLINE SigmoidRow<float> sigmoid_row(const float* logits, int64_t classes, int64_t label,
                                                const SigmoidLoss<float>& sigmoid, float factor, float* slope) {
-    if (classes < num_floats) return sigmoid_row<float>(logits, classes, label, sigmoid, factor, slope);
+    using Floats = Vector<float, Bytes>;
+    using Lanes = Vector<int32_t, Bytes>;
+    constexpr int64_t width = RowEnd<Bytes>::width;
+    if (classes < width) return sigmoid_row<Bytes, float>(logits, classes, label, sigmoid, factor, slope);
     constexpr Higher higher;
     constexpr Add add;
     constexpr float no_loss = exponential::lowest;  // the logit of a probability of 0
-    const LastFloats end(classes);
-    const Lanes from_zero = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const Floats last = load(logits + end.start);
+    const RowEnd<Bytes> end(classes);
+    const auto from_zero = numbered_lanes<Lanes>();
+    const Floats last = load<Floats>(logits + end.start);
     const Lanes counted = end.unseen & (from_zero + static_cast<int32_t>(end.start) != static_cast<int32_t>(label));
     auto found = sigmoid.absent(counted ? last : Floats{} + no_loss);
     Floats high = last;
     Floats sums = found.loss;
     // Lanes that were seen before are overwritten below.
     if (slope != nullptr) store(slope + end.start, factor * found.slope);
-    for (int64_t c = 0; c < end.whole; c += num_floats) {
-        const Floats x = load(logits + c);
+    for (int64_t c = 0; c < end.whole; c += width) {
+        const Floats x = load<Floats>(logits + c);
         high = higher(x, high);
         const Lanes is_label = from_zero + static_cast<int32_t>(c) == static_cast<int32_t>(label);
         found = sigmoid.absent(is_label ? Floats{} + no_loss : x);

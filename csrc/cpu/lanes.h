@@ -1,15 +1,13 @@
-// Eight doubles at once for the CPU's solvers, and how they divide their memory. GCC and Clang split a vector into the
-// registers of the processor that a function is compiled for.
+// Vectors of doubles for the CPU's solvers, and how they divide their memory.
 
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 
 #include "../core/lsap.h"
-#include "floats.h"
+#include "vectors.h"
 
 namespace detr_fast {
 
@@ -32,29 +30,20 @@ struct Layout {
     }
 };
 
-#if defined(DETR_FAST_HAS_FLOATS)
-typedef double Eight __attribute__((vector_size(64)));
-typedef int64_t EightIndices __attribute__((vector_size(64)));
+#if defined(DETR_FAST_HAS_VECTORS)
+template <int Bytes>
+using Doubles = Vector<double, Bytes>;
+template <int Bytes>
+using Indices = Vector<int64_t, Bytes>;
 
-template <typename Vector, typename T>
-DETR_FAST_INLINE Vector load(const T* from) {
-    Vector x;
-    std::memcpy(&x, from, sizeof(x));
-    return x;
+template <int Bytes>
+DETR_FAST_INLINE Doubles<Bytes> load_doubles(const double* from) {
+    return load<Doubles<Bytes>>(from);
 }
 
-template <typename Vector, typename T>
-DETR_FAST_INLINE void store(T* to, Vector x) {
-    std::memcpy(to, &x, sizeof(x));
-}
-
-DETR_FAST_INLINE Eight load_eight(const double* from) {
-    return load<Eight>(from);
-}
-
-DETR_FAST_INLINE Eight load_eight(const float* from) {
-    typedef float EightFloats __attribute__((vector_size(32)));
-    return __builtin_convertvector(load<EightFloats>(from), Eight);
+template <int Bytes>
+DETR_FAST_INLINE Doubles<Bytes> load_doubles(const float* from) {
+    return __builtin_convertvector((load<Vector<float, Bytes / 2>>(from)), Doubles<Bytes>);
 }
 
 struct LowestLane {
@@ -63,17 +52,19 @@ struct LowestLane {
 };
 
 // The lowest value, and the lowest index among the lanes that have it.
-DETR_FAST_INLINE LowestLane first_lowest(const Eight& values, const EightIndices& indices) {
-    double value_of_lane[8];
-    int64_t index_of_lane[8];
+template <int Bytes>
+DETR_FAST_INLINE LowestLane first_lowest(const Doubles<Bytes>& values, const Indices<Bytes>& indices) {
+    constexpr int lanes = Bytes / 8;
+    double value_of_lane[lanes];
+    int64_t index_of_lane[lanes];
     store(value_of_lane, values);
     store(index_of_lane, indices);
     double lowest = value_of_lane[0];
     DETR_FAST_SIMD_MIN(lowest)
-    for (int l = 0; l < 8; ++l) lowest = value_of_lane[l] < lowest ? value_of_lane[l] : lowest;
+    for (int l = 0; l < lanes; ++l) lowest = value_of_lane[l] < lowest ? value_of_lane[l] : lowest;
     int64_t first = std::numeric_limits<int64_t>::max();
     DETR_FAST_SIMD_MIN(first)
-    for (int l = 0; l < 8; ++l) {
+    for (int l = 0; l < lanes; ++l) {
         const int64_t candidate = value_of_lane[l] == lowest ? index_of_lane[l] : first;
         first = candidate < first ? candidate : first;
     }

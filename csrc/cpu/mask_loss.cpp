@@ -5,11 +5,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
-#include "floats.h"
 #include "solver.h"
 #include "thread_pool.h"
+#include "vectors.h"
+#include "widths.h"
 
 namespace detr_fast {
 namespace {
@@ -40,19 +42,6 @@ struct Axis {
     }
 };
 
-// log(1 + e) for e in [0, 1], as 2 artanh(e / (2 + e)); the next term of the series is below 2^-26 of the result.
-template <typename Number>
-DETR_FAST_INLINE Number log_of_one_plus(Number e) {
-    const Number s = e / (e + 2.0f);
-    const Number s2 = s * s;
-    Number series = s2 * (1.0f / 13.0f) + 1.0f / 11.0f;
-    series = series * s2 + 1.0f / 9.0f;
-    series = series * s2 + 1.0f / 7.0f;
-    series = series * s2 + 1.0f / 5.0f;
-    series = series * s2 + 1.0f / 3.0f;
-    return (series * s2 + 1.0f) * s * 2.0f;
-}
-
 template <typename Number>
 struct Sums {
     Number focal{}, p{}, p_inside{};
@@ -79,15 +68,14 @@ DETR_FAST_INLINE void add_pixels(Number x, Number inside, Sums<Number>& sums, Nu
     gradients[2] = gradients[1] * inside;
 }
 
-inline float total(float x) {
-    return x;
+template <typename Number>
+DETR_FAST_INLINE float total(Number x) {
+    if constexpr (std::is_arithmetic_v<Number>) {
+        return x;
+    } else {
+        return reduce(x, Add{});
+    }
 }
-
-#if defined(DETR_FAST_HAS_FLOATS)
-DETR_FAST_INLINE float total(Floats x) {
-    return reduce(x, Add{});
-}
-#endif
 
 template <typename Number>
 DETR_FAST_INLINE Number read(const float* from) {
@@ -114,7 +102,7 @@ struct Totals {
 };
 
 // One mask: memory for a row of the frame, and gradients of the two rows of logits that it is made of.
-template <bool with_gradients>
+template <bool with_gradients, int Bytes>
 class MaskPass {
   public:
     MaskPass(const detr_fast_mask_loss& in, const Axis& rows, const Axis& columns, float* memory)
@@ -125,10 +113,6 @@ class MaskPass {
         above_ = inside_ + frame_width_;
         below_ = above_ + num_fields * frame_width_;
         fields_[2] = below_ + num_fields * frame_width_;
-    }
-
-    static int64_t floats(const detr_fast_mask_loss& in) {
-        return in.width + 1 + (2 + 2 * num_fields) * in.frame_width + in.height * in.width;
     }
 
     void run(int64_t n, const detr_fast_mask_losses& out) {
@@ -188,8 +172,8 @@ class MaskPass {
 
     void add_row(float share) {
         int64_t x = 0;
-#if defined(DETR_FAST_HAS_FLOATS)
-        x = add_span<Floats>(x, num_floats, share);
+#if defined(DETR_FAST_HAS_VECTORS)
+        x = add_span<Vector<float, Bytes>>(x, Bytes / sizeof(float), share);
 #endif
         add_span<float>(x, 1, share);
     }
@@ -264,15 +248,28 @@ class MaskPass {
     Totals totals_;
 };
 
-DETR_FAST_CLONES void run_with_gradients(const detr_fast_mask_loss& in, const Axis& rows, const Axis& columns,
-                                         int64_t n, float* memory, const detr_fast_mask_losses& out) {
-    MaskPass<true>(in, rows, columns, memory).run(n, out);
+// Numbers that a MaskPass keeps.
+int64_t memory_of(const detr_fast_mask_loss& in) {
+    return in.width + 1 + (2 + 2 * num_fields) * in.frame_width + in.height * in.width;
 }
 
-DETR_FAST_CLONES void run_without_gradients(const detr_fast_mask_loss& in, const Axis& rows, const Axis& columns,
-                                            int64_t n, float* memory, const detr_fast_mask_losses& out) {
-    MaskPass<false>(in, rows, columns, memory).run(n, out);
-}
+struct MaskTask {
+    const detr_fast_mask_loss& in;
+    const Axis& rows;
+    const Axis& columns;
+    int64_t mask;
+    float* memory;
+    const detr_fast_mask_losses& out;
+
+    template <int Bytes>
+    void run() const {
+        if (out.grad_mask == nullptr) {
+            MaskPass<false, Bytes>(in, rows, columns, memory).run(mask, out);
+        } else {
+            MaskPass<true, Bytes>(in, rows, columns, memory).run(mask, out);
+        }
+    }
+};
 
 }  // namespace
 }  // namespace detr_fast
@@ -280,12 +277,11 @@ DETR_FAST_CLONES void run_without_gradients(const detr_fast_mask_loss& in, const
 void detr_fast_mask_loss_cpu(const detr_fast_mask_loss* in, const detr_fast_mask_losses* out, int threads) {
     const detr_fast::Axis rows(in->height, in->frame_height);
     const detr_fast::Axis columns(in->width, in->frame_width);
-    const auto bytes = static_cast<size_t>(detr_fast::MaskPass<true>::floats(*in)) * sizeof(float);
+    const auto bytes = static_cast<size_t>(detr_fast::memory_of(*in)) * sizeof(float);
     detr_fast::parallel_for(in->masks, threads, [&](int64_t n) {
         static thread_local detr_fast::Scratch scratch;
         auto* memory = reinterpret_cast<float*>(scratch.reserve(bytes));
-        const auto run = out->grad_mask == nullptr ? detr_fast::run_without_gradients : detr_fast::run_with_gradients;
-        run(*in, rows, columns, n, memory, *out);
+        detr_fast::with_widest_vectors(detr_fast::MaskTask{*in, rows, columns, n, memory, *out});
         scratch.release_if_large();
     });
 }

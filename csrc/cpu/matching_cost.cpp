@@ -8,9 +8,10 @@
 #include "../core/box.h"
 #include "../core/pair_cost.h"
 #include "cost_tile.h"
-#include "floats.h"
 #include "image_layers.h"
 #include "solver.h"
+#include "vectors.h"
+#include "widths.h"
 
 namespace detr_fast {
 namespace {
@@ -36,10 +37,25 @@ struct TileScratch {  // arrays of one number for each query
     }
 };
 
-template <typename Real>
-void split_boxes(const ImageLayer<Real>& image, const TileScratch<Real>& s) {
-    for (int64_t q = 0; q < image.queries; ++q) {
-        const Real* coordinates = image.boxes + q * image.box_stride;
+// Calls look_at(q) for every query, whole vectors at a time: the last ones are looked at twice rather than one by one.
+template <int width, typename LookAt>
+DETR_FAST_INLINE void for_each_query(int64_t queries, const LookAt& look_at) {
+    if (queries < width) {
+        for (int64_t q = 0; q < queries; ++q) look_at(q);
+        return;
+    }
+    for (int64_t q = 0; q < queries; q += width) {
+        const int64_t first = std::min(q, queries - width);
+        DETR_FAST_PRAGMA(omp simd)
+        for (int64_t lane = 0; lane < width; ++lane) look_at(first + lane);
+    }
+}
+
+template <int width, typename Real>
+DETR_FAST_INLINE void split_boxes(const Real* __restrict__ boxes, int64_t stride, int64_t queries,
+                                  const TileScratch<Real>& s) {
+    for_each_query<width>(queries, [=](int64_t q) {
+        const Real* coordinates = boxes + q * stride;
         const auto box = Box<Real>::of(coordinates[0], coordinates[1], coordinates[2], coordinates[3]);
         s.cx[q] = box.cx;
         s.cy[q] = box.cy;
@@ -50,10 +66,10 @@ void split_boxes(const ImageLayer<Real>& image, const TileScratch<Real>& s) {
         s.x1[q] = box.x1;
         s.y1[q] = box.y1;
         s.area[q] = box.area;
-    }
+    });
 }
 
-template <typename Real>
+template <int, typename Real>
 void softmax_statistics(const ImageLayer<Real>& image, const TileScratch<Real>& s) {
     for (int64_t q = 0; q < image.queries; ++q) {
         const Real* __restrict__ logits = image.logits + q * image.logit_stride;
@@ -66,38 +82,70 @@ void softmax_statistics(const ImageLayer<Real>& image, const TileScratch<Real>& 
     }
 }
 
-#if defined(DETR_FAST_HAS_FLOATS)
-// The same with sixteen partial maxima and sums. What is left of a row is filled up with -inf, which adds e^-87.
-inline void softmax_statistics(const ImageLayer<float>& image, const TileScratch<float>& s) {
+#if defined(DETR_FAST_HAS_VECTORS)
+// The same for `rows` queries at once, which keeps the units busy while a row's maximum or sum is gathered from the
+// lanes. Logits that are not of the row stand as -inf, which adds e^-87.
+template <int Bytes, int rows>
+DETR_FAST_INLINE void softmax_statistics_of(const float* logits, int64_t stride, const RowEnd<Bytes>& end,
+                                            float* highest_logit, float* scale) {
+    using Floats = Vector<float, Bytes>;
+    constexpr int64_t width = RowEnd<Bytes>::width;
     constexpr Higher higher;
     constexpr Add add;
-    const int64_t whole = image.classes / num_floats * num_floats;
-    const int64_t rest = image.classes - whole;
-    float filled[num_floats];
-    std::fill_n(filled, num_floats, -std::numeric_limits<float>::infinity());
-    for (int64_t q = 0; q < image.queries; ++q) {
-        const float* logits = image.logits + q * image.logit_stride;
-        std::copy_n(logits + whole, rest, filled);
-        const Floats last = load(filled);
-        Floats highest = last;
-        for (int64_t c = 0; c < whole; c += num_floats) highest = higher(load(logits + c), highest);
-        s.highest[q] = reduce(highest, higher);
-        Floats sum = exp_of_nonpositive(last - s.highest[q]);
-        for (int64_t c = 0; c < whole; c += num_floats) sum += exp_of_nonpositive(load(logits + c) - s.highest[q]);
-        s.scale[q] = 1.0f / reduce(sum, add);
+    const Floats nothing = Floats{} - std::numeric_limits<float>::infinity();
+    Floats last[rows], highest[rows], sum[rows];
+    for (int r = 0; r < rows; ++r) {
+        const auto read = load<Floats>(logits + r * stride + end.start);
+        highest[r] = last[r] = end.unseen ? read : nothing;
+    }
+    for (int64_t c = 0; c < end.whole; c += width) {
+        for (int r = 0; r < rows; ++r) highest[r] = higher(load<Floats>(logits + r * stride + c), highest[r]);
+    }
+    for (int r = 0; r < rows; ++r) {
+        highest_logit[r] = reduce(highest[r], higher);
+        sum[r] = exp_of_nonpositive(last[r] - highest_logit[r]);
+    }
+    for (int64_t c = 0; c < end.whole; c += width) {
+        for (int r = 0; r < rows; ++r) {
+            sum[r] += exp_of_nonpositive(load<Floats>(logits + r * stride + c) - highest_logit[r]);
+        }
+    }
+    for (int r = 0; r < rows; ++r) scale[r] = 1.0f / reduce(sum[r], add);
+}
+
+template <int Bytes>
+void softmax_statistics(const ImageLayer<float>& image, const TileScratch<float>& s) {
+    constexpr int64_t width = RowEnd<Bytes>::width;
+    const RowEnd<Bytes> end(std::max(image.classes, width));
+    if (image.classes < width) {
+        float filled[width];
+        std::fill_n(filled, width, -std::numeric_limits<float>::infinity());
+        for (int64_t q = 0; q < image.queries; ++q) {
+            std::copy_n(image.logits + q * image.logit_stride, image.classes, filled);
+            softmax_statistics_of<Bytes, 1>(filled, 0, end, s.highest + q, s.scale + q);
+        }
+        return;
+    }
+    int64_t q = 0;
+    for (; q + 2 <= image.queries; q += 2) {
+        softmax_statistics_of<Bytes, 2>(image.logits + q * image.logit_stride, image.logit_stride, end, s.highest + q,
+                                        s.scale + q);
+    }
+    if (q < image.queries) {
+        softmax_statistics_of<Bytes, 1>(image.logits + q * image.logit_stride, 0, end, s.highest + q, s.scale + q);
     }
 }
 #endif
 
 // -p(class) of every query.
-template <typename Real>
+template <int width, typename Real>
 void softmax_cost(const ImageLayer<Real>& image, int64_t label, const TileScratch<Real>& s,
                   Real* __restrict__ class_cost) {
     const Real* __restrict__ logits = image.logits + label;
-    DETR_FAST_PRAGMA(omp simd)
-    for (int64_t q = 0; q < image.queries; ++q) {
-        class_cost[q] = -exp_of_nonpositive(logits[q * image.logit_stride] - s.highest[q]) * s.scale[q];
-    }
+    const int64_t stride = image.logit_stride;
+    for_each_query<width>(image.queries, [=](int64_t q) {
+        class_cost[q] = -exp_of_nonpositive(logits[q * stride] - s.highest[q]) * s.scale[q];
+    });
 }
 
 template <typename Real>
@@ -111,7 +159,7 @@ void focal_cost(const ImageLayer<Real>& image, int64_t label, const detr_fast_co
 }
 
 // The class costs of target t, computed once for all targets of one label: images of many objects have few classes.
-template <typename Real>
+template <int width, typename Real>
 const Real* class_costs(const ImageLayer<Real>& image, int64_t t, const detr_fast_cost_weights& weights,
                         const TileScratch<Real>& s) {
     const int64_t first = std::find(image.labels, image.labels + t, image.labels[t]) - image.labels;
@@ -120,27 +168,28 @@ const Real* class_costs(const ImageLayer<Real>& image, int64_t t, const detr_fas
     if (weights.focal) {
         focal_cost(image, image.labels[t], weights, row);
     } else {
-        softmax_cost(image, image.labels[t], s, row);
+        softmax_cost<width>(image, image.labels[t], s, row);
     }
     return row;
 }
 
-template <typename Real>
-int32_t fill_row(const ImageLayer<Real>& image, int64_t t, const detr_fast_cost_weights& weights,
+// Returns how many costs are unusable.
+template <int width, typename Real>
+int64_t fill_row(const ImageLayer<Real>& image, int64_t t, const detr_fast_cost_weights& weights,
                  const TileScratch<Real>& s, Real* __restrict__ row) {
     const Real* coordinates = image.target_boxes + 4 * t;
     const auto target = Box<Real>::of(coordinates[0], coordinates[1], coordinates[2], coordinates[3]);
     const auto pair_weights = PairWeights<Real>::of(weights);
-    const Real* __restrict__ class_cost = class_costs(image, t, weights, s);
-    DETR_FAST_PRAGMA(omp simd)
-    for (int64_t q = 0; q < image.queries; ++q) {
+    const Real* __restrict__ class_cost = class_costs<width>(image, t, weights, s);
+    const auto cost = [&](int64_t q) {
         const Box<Real> query{s.cx[q], s.cy[q], s.w[q], s.h[q], s.x0[q], s.y0[q], s.x1[q], s.y1[q], s.area[q]};
-        row[q] = pair_cost(pair_weights, query, target, class_cost[q]);
-    }
-    if (image.extra != nullptr) {
+        return pair_cost(pair_weights, query, target, class_cost[q]);
+    };
+    if (image.extra == nullptr) {
+        for_each_query<width>(image.queries, [&](int64_t q) { row[q] = cost(q); });
+    } else {
         const Real* __restrict__ extra = image.extra + t * image.queries;
-        DETR_FAST_PRAGMA(omp simd)
-        for (int64_t q = 0; q < image.queries; ++q) row[q] += extra[q];
+        for_each_query<width>(image.queries, [&](int64_t q) { row[q] = cost(q) + extra[q]; });
     }
     int32_t unusable = 0;
     DETR_FAST_PRAGMA(omp simd reduction(+ : unusable))
@@ -163,16 +212,35 @@ void replace_unusable(Real* tile, int64_t rows, int64_t columns) {
     }
 }
 
-template <typename Real>
+template <int Bytes, typename Real>
 int64_t fill(const ImageLayer<Real>& image, const detr_fast_cost_weights& weights, Real* tile, Real* memory) {
     const TileScratch<Real> s(memory, image.queries);
-    split_boxes(image, s);
-    if (!weights.focal) softmax_statistics(image, s);
+    constexpr int width = Bytes / sizeof(Real);
+    if (image.box_stride == 4) {  // told apart so that the compiler knows the stride
+        split_boxes<width>(image.boxes, 4, image.queries, s);
+    } else {
+        split_boxes<width>(image.boxes, image.box_stride, image.queries, s);
+    }
+    if (!weights.focal) softmax_statistics<Bytes>(image, s);
     int64_t unusable = 0;
-    for (int64_t t = 0; t < image.targets; ++t) unusable += fill_row(image, t, weights, s, tile + t * image.queries);
+    for (int64_t t = 0; t < image.targets; ++t)
+        unusable += fill_row<width>(image, t, weights, s, tile + t * image.queries);
     if (unusable > 0) replace_unusable(tile, image.targets, image.queries);
     return unusable;
 }
+
+template <typename Real>
+struct Fill {
+    const ImageLayer<Real>& image;
+    const detr_fast_cost_weights& weights;
+    Real* tile;
+    Real* scratch;
+
+    template <int Bytes>
+    int64_t run() const {
+        return fill<Bytes>(image, weights, tile, scratch);
+    }
+};
 
 }  // namespace
 
@@ -180,14 +248,14 @@ int64_t cost_tile_scratch(int64_t queries, int64_t targets) {
     return (TileScratch<float>::arrays + targets) * queries;
 }
 
-DETR_FAST_CLONES int64_t fill_cost_tile(const ImageLayer<float>& image, const detr_fast_cost_weights& weights,
-                                        float* tile, float* scratch) {
-    return fill(image, weights, tile, scratch);
+int64_t fill_cost_tile(const ImageLayer<float>& image, const detr_fast_cost_weights& weights, float* tile,
+                       float* scratch) {
+    return with_widest_vectors(Fill<float>{image, weights, tile, scratch});
 }
 
-DETR_FAST_CLONES int64_t fill_cost_tile(const ImageLayer<double>& image, const detr_fast_cost_weights& weights,
-                                        double* tile, double* scratch) {
-    return fill(image, weights, tile, scratch);
+int64_t fill_cost_tile(const ImageLayer<double>& image, const detr_fast_cost_weights& weights, double* tile,
+                       double* scratch) {
+    return with_widest_vectors(Fill<double>{image, weights, tile, scratch});
 }
 
 }  // namespace detr_fast

@@ -11,26 +11,11 @@
 
 namespace detr_fast {
 
-template <typename Cost>
-struct CostVectors;
-
-template <>
-struct CostVectors<float> {
-    typedef float Costs __attribute__((vector_size(64)));
-    typedef int32_t Indices __attribute__((vector_size(64)));
-};
-
-template <>
-struct CostVectors<double> {
-    typedef double Costs __attribute__((vector_size(64)));
-    typedef int64_t Indices __attribute__((vector_size(64)));
-};
-
-template <typename Cost>
+template <typename Cost, int Bytes>
 struct NearestColumn {
-    using Costs = typename CostVectors<Cost>::Costs;
-    using Indices = typename CostVectors<Cost>::Indices;
+    using Costs = Vector<Cost, Bytes>;
     using Index = std::conditional_t<sizeof(Cost) == 4, int32_t, int64_t>;
+    using Indices = Vector<Index, Bytes>;
     static constexpr int32_t width = sizeof(Costs) / sizeof(Cost);
     static constexpr Cost infinity = std::numeric_limits<Cost>::infinity();
 
@@ -44,8 +29,7 @@ struct NearestColumn {
         Costs lowest = Costs{} + infinity;
         Indices where = Indices{} - 1;
         Indices broken{};
-        Indices lane;
-        for (int32_t l = 0; l < width; ++l) lane[l] = l;
+        const auto lane = numbered_lanes<Indices>();
         const auto look_at = [&](const Cost* costs, int32_t j) {
             auto x = load<Costs>(costs);
             if (any_taken) x += load<Costs>(taken + j);

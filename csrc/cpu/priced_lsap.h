@@ -28,7 +28,7 @@
 
 namespace detr_fast {
 
-template <typename Cost>
+template <typename Cost, int Bytes>
 class PricedAssignment {
   public:
     static size_t bytes(int64_t rows, int64_t columns) {
@@ -55,6 +55,7 @@ class PricedAssignment {
     const int32_t* column_of_row() const { return column_of_row_; }
 
   private:
+    static constexpr int32_t lanes = Bytes / 8;  // doubles of a vector
     static constexpr double infinity = std::numeric_limits<double>::infinity();
     static constexpr int32_t nobody = -1;
     static constexpr int rounds_of_bids = 4;
@@ -69,7 +70,7 @@ class PricedAssignment {
     PricedAssignment(const CostMatrix<Cost>& cost, Layout& layout) : cost_(cost) {
         const int64_t rows = cost.rows;
         const int64_t columns = cost.columns;
-        const int64_t padded = (columns + 7) / 8 * 8;
+        const int64_t padded = (columns + lanes - 1) / lanes * lanes;
         layout.take(column_price_, padded);
         layout.take(distance_, padded);
         layout.take(owner_before_, padded);
@@ -92,16 +93,16 @@ class PricedAssignment {
     int64_t most_edges() const { return 4 * static_cast<int64_t>(cost_.columns) + 64; }
     DETR_FAST_INLINE const Cost* costs(int32_t i) const { return i == pool() ? no_costs_ : cost_.row(i); }
 
-    // Calls look_at(eight costs of the row, first column). Behind the last column come zeros.
+    // Calls look_at(a vector of the row's costs, first column). Behind the last column come zeros.
     template <typename LookAt>
-    DETR_FAST_INLINE void for_each_eight(int32_t i, LookAt look_at) const {
+    DETR_FAST_INLINE void for_each_vector(int32_t i, LookAt look_at) const {
         const Cost* row = costs(i);
-        const int32_t whole = cost_.columns / 8 * 8;
-        for (int32_t j = 0; j < whole; j += 8) look_at(load_eight(row + j), j);
+        const int32_t whole = cost_.columns / lanes * lanes;
+        for (int32_t j = 0; j < whole; j += lanes) look_at(load_doubles<Bytes>(row + j), j);
         if (whole == cost_.columns) return;
-        Cost rest[8] = {};
+        Cost rest[lanes] = {};
         for (int32_t l = 0; l < cost_.columns - whole; ++l) rest[l] = row[whole + l];
-        look_at(load_eight(rest), whole);
+        look_at(load_doubles<Bytes>(rest), whole);
     }
 
     // Returns whether all costs are finite.
@@ -128,7 +129,7 @@ class PricedAssignment {
             }
         }
         if (columns > cost_.rows) give_dear_columns_to_pool();
-        for (int32_t j = columns; j % 8 != 0; ++j) price[j] = -infinity;
+        for (int32_t j = columns; j % lanes != 0; ++j) price[j] = -infinity;
         return true;
     }
 
@@ -148,19 +149,19 @@ class PricedAssignment {
 
     DETR_FAST_INLINE Bid best_bid(int32_t i) const {
         const double* __restrict__ price = column_price_;
-        Eight first = Eight{} + infinity;
-        Eight second = first;
-        EightIndices where{};
-        const EightIndices lane = {0, 1, 2, 3, 4, 5, 6, 7};
-        for_each_eight(i, [&](Eight c, int32_t j) {
-            const Eight d = c - load<Eight>(price + j);
-            const Eight other = d < first ? first : d;
+        Doubles<Bytes> first = Doubles<Bytes>{} + infinity;
+        Doubles<Bytes> second = first;
+        Indices<Bytes> where{};
+        const auto lane = numbered_lanes<Indices<Bytes>>();
+        for_each_vector(i, [&](Doubles<Bytes> c, int32_t j) {
+            const Doubles<Bytes> d = c - load<Doubles<Bytes>>(price + j);
+            const Doubles<Bytes> other = d < first ? first : d;
             where = d < first ? lane + j : where;
             first = d < first ? d : first;
             second = other < second ? other : second;
         });
         Bid bid{first[0], second[0], static_cast<int32_t>(where[0])};
-        for (int l = 1; l < 8; ++l) {
+        for (int l = 1; l < lanes; ++l) {
             if (first[l] < bid.first) {
                 bid = {first[l], std::min(bid.first, second[l]), static_cast<int32_t>(where[l])};
             } else {
@@ -211,24 +212,24 @@ class PricedAssignment {
         int64_t* __restrict__ owner_before = owner_before_;
         const double* __restrict__ price = column_price_;
         const double shift = reached - row_price_[i];
-        Eight lowest = Eight{} + infinity;
-        EightIndices where{};
-        const EightIndices lane = {0, 1, 2, 3, 4, 5, 6, 7};
-        const EightIndices me = EightIndices{} + i;
-        for_each_eight(i, [&](Eight c, int32_t j) {
-            Eight d = c - load<Eight>(price + j) + shift;
+        Doubles<Bytes> lowest = Doubles<Bytes>{} + infinity;
+        Indices<Bytes> where{};
+        const auto lane = numbered_lanes<Indices<Bytes>>();
+        const Indices<Bytes> me = Indices<Bytes>{} + i;
+        for_each_vector(i, [&](Doubles<Bytes> c, int32_t j) {
+            Doubles<Bytes> d = c - load<Doubles<Bytes>>(price + j) + shift;
             if (first) {
                 store(owner_before + j, me);
             } else {
-                const Eight before = load<Eight>(distance + j);
-                store(owner_before + j, d < before ? me : load<EightIndices>(owner_before + j));
+                const Doubles<Bytes> before = load<Doubles<Bytes>>(distance + j);
+                store(owner_before + j, d < before ? me : load<Indices<Bytes>>(owner_before + j));
                 d = d < before ? d : before;
             }
             store(distance + j, d);
             where = d < lowest ? lane + j : where;
             lowest = d < lowest ? d : lowest;
         });
-        return first_lowest(lowest, where);
+        return first_lowest<Bytes>(lowest, where);
     }
 
     DETR_FAST_INLINE void close(int32_t j, double reached) {

@@ -9,6 +9,7 @@
 #include "class_loss.h"
 #include "image_layers.h"
 #include "solver.h"
+#include "widths.h"
 
 namespace detr_fast {
 namespace {
@@ -55,7 +56,7 @@ bool is_first_highest(const Real* row, int64_t place, Real highest) {
     return row[place] == highest && std::find(row, row + place, highest) == row + place;
 }
 
-template <typename Real>
+template <int Bytes, typename Real>
 void cross_entropy(const ImageLayer<Real>& image, const Matched<Real>& matched, const int32_t* target_of_query,
                    Sums& sums) {
     const auto* weight = static_cast<const Real*>(matched.class_loss->weight);
@@ -69,7 +70,7 @@ void cross_entropy(const ImageLayer<Real>& image, const Matched<Real>& matched, 
         const int64_t label = t < 0 ? no_object : image.labels[t];
         const Real factor = weight[label] * matched.per_class_loss;
         Real* slope = matched.logit_slope == nullptr ? nullptr : matched.logit_slope + q * image.classes;
-        const auto row = softmax_row(logits, image.classes, factor, slope);
+        const auto row = softmax_row<Bytes>(logits, image.classes, factor, slope);
         if (slope != nullptr) slope[label] -= factor;
         const double below_highest = static_cast<double>(row.highest) - static_cast<double>(logits[label]);
         if (t < 0) {
@@ -87,7 +88,7 @@ void cross_entropy(const ImageLayer<Real>& image, const Matched<Real>& matched, 
     }
 }
 
-template <typename Real>
+template <int Bytes, typename Real>
 void sigmoid_loss(const ImageLayer<Real>& image, const Matched<Real>& matched, const int32_t* target_of_query,
                   const Real* iou_of_target, Sums& sums) {
     const auto& options = *matched.class_loss;
@@ -98,7 +99,7 @@ void sigmoid_loss(const ImageLayer<Real>& image, const Matched<Real>& matched, c
         const int32_t t = target_of_query[q];
         const int64_t label = t < 0 ? -1 : image.labels[t];
         Real* slope = matched.logit_slope == nullptr ? nullptr : matched.logit_slope + q * image.classes;
-        const auto row = sigmoid_row(logits, image.classes, label, sigmoid, matched.per_class_loss, slope);
+        const auto row = sigmoid_row<Bytes>(logits, image.classes, label, sigmoid, matched.per_class_loss, slope);
         sums.class_loss += row.loss;
         sums.objects += row.highest > Real(0);
         if (t < 0) continue;
@@ -132,7 +133,7 @@ void box_losses(const ImageLayer<Real>& image, const Matched<Real>& matched, Rea
     }
 }
 
-template <typename Real>
+template <int Bytes, typename Real>
 Sums losses_of_image(const ImageLayer<Real>& image, const Matched<Real>& matched, int32_t* target_of_query,
                      Real* iou_of_target) {
     Sums sums{};
@@ -144,22 +145,25 @@ Sums losses_of_image(const ImageLayer<Real>& image, const Matched<Real>& matched
     }
     box_losses(image, matched, iou_of_target, sums);
     if (matched.class_loss->kind == detr_fast_cross_entropy) {
-        cross_entropy(image, matched, target_of_query, sums);
+        cross_entropy<Bytes>(image, matched, target_of_query, sums);
     } else {
-        sigmoid_loss(image, matched, target_of_query, iou_of_target, sums);
+        sigmoid_loss<Bytes>(image, matched, target_of_query, iou_of_target, sums);
     }
     return sums;
 }
 
-DETR_FAST_CLONES Sums fill(const ImageLayer<float>& image, const Matched<float>& matched, int32_t* target_of_query,
-                           float* iou_of_target) {
-    return losses_of_image(image, matched, target_of_query, iou_of_target);
-}
+template <typename Real>
+struct Losses {
+    const ImageLayer<Real>& image;
+    const Matched<Real>& matched;
+    int32_t* target_of_query;
+    Real* iou_of_target;
 
-DETR_FAST_CLONES Sums fill(const ImageLayer<double>& image, const Matched<double>& matched, int32_t* target_of_query,
-                           double* iou_of_target) {
-    return losses_of_image(image, matched, target_of_query, iou_of_target);
-}
+    template <int Bytes>
+    Sums run() const {
+        return losses_of_image<Bytes>(image, matched, target_of_query, iou_of_target);
+    }
+};
 
 // By what a layer's class loss is divided: the weights of all queries' classes, or num_boxes.
 template <typename Real>
@@ -229,7 +233,8 @@ void set_loss(const detr_fast_matching_inputs& in, const int64_t* query_of_targe
                                     slope_of(results.logit_slope, problem * in.queries * in.classes),
                                     slope_of(results.l1_slope, 4 * problem * in.queries),
                                     slope_of(results.giou_slope, 4 * problem * in.queries)};
-        sums[problem] = fill(image, matched, reinterpret_cast<int32_t*>(at), reinterpret_cast<Real*>(at + aligned));
+        sums[problem] = with_widest_vectors(
+            Losses<Real>{image, matched, reinterpret_cast<int32_t*>(at), reinterpret_cast<Real*>(at + aligned)});
     });
     for (int64_t l = 0; l < in.layers; ++l) {
         write_layer<Real>(in, l, sums.data() + l * in.images, normaliser[l], num_boxes, results);

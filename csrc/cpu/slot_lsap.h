@@ -28,7 +28,7 @@
 
 namespace detr_fast {
 
-template <typename Cost>
+template <typename Cost, int Bytes>
 class SlotAssignment {
   public:
     static constexpr int32_t smallest_square = 24;
@@ -90,9 +90,10 @@ class SlotAssignment {
     }
 
   private:
-    using Nearest = NearestColumn<Cost>;
+    using Nearest = NearestColumn<Cost, Bytes>;
 
     static constexpr int32_t width = Nearest::width;
+    static constexpr int32_t lanes = Bytes / 8;  // doubles of a vector
     static constexpr double infinity = std::numeric_limits<double>::infinity();
     static constexpr Cost forbidden = std::numeric_limits<Cost>::infinity();
 
@@ -190,7 +191,7 @@ class SlotAssignment {
         const Cost* __restrict__ row = cost_.row(i);
         const int32_t* __restrict__ column = column_of_slot_;
         for (int32_t s = copied_[i]; s < slots_; ++s) {
-            if (s % 8 == 0) std::fill_n(costs + s, 8, Cost(0));
+            if (s % lanes == 0) std::fill_n(costs + s, lanes, Cost(0));
             costs[s] = row[column[s]];
         }
         copied_[i] = slots_;
@@ -209,33 +210,33 @@ class SlotAssignment {
         const int32_t slots = slots_;
         const int64_t* __restrict__ position = scan_.position_of_slot;
         constexpr int64_t beyond = std::numeric_limits<int64_t>::max();
-        Eight lowest = Eight{} + infinity;
-        EightIndices scanned = EightIndices{} + beyond;
-        const EightIndices row = EightIndices{} + i;
-        const auto look_at = [&](Eight c, int32_t s) {
-            Eight d = reached + c - row_price - load<Eight>(price + s);
+        Doubles<Bytes> lowest = Doubles<Bytes>{} + infinity;
+        Indices<Bytes> scanned = Indices<Bytes>{} + beyond;
+        const Indices<Bytes> row = Indices<Bytes>{} + i;
+        const auto look_at = [&](Doubles<Bytes> c, int32_t s) {
+            Doubles<Bytes> d = reached + c - row_price - load<Doubles<Bytes>>(price + s);
             if (first) {
                 store(row_before + s, row);
             } else {
-                const Eight before = load<Eight>(distance + s);
-                store(row_before + s, d < before ? row : load<EightIndices>(row_before + s));
+                const Doubles<Bytes> before = load<Doubles<Bytes>>(distance + s);
+                store(row_before + s, d < before ? row : load<Indices<Bytes>>(row_before + s));
                 d = d < before ? d : before;
             }
             store(distance + s, d);
-            const EightIndices here = load<EightIndices>(position + s);
-            const EightIndices earlier = here < scanned ? here : scanned;
+            const Indices<Bytes> here = load<Indices<Bytes>>(position + s);
+            const Indices<Bytes> earlier = here < scanned ? here : scanned;
             scanned = d == lowest ? earlier : scanned;
             scanned = d < lowest ? here : scanned;
             lowest = d < lowest ? d : lowest;
         };
-        const int32_t whole = direct_ ? slots / 8 * 8 : slots;
-        for (int32_t s = 0; s < whole; s += 8) look_at(load_eight(costs + s), s);
+        const int32_t whole = direct_ ? slots / lanes * lanes : slots;
+        for (int32_t s = 0; s < whole; s += lanes) look_at(load_doubles<Bytes>(costs + s), s);
         if (direct_ && whole < slots) {
-            Cost rest[8] = {};
+            Cost rest[lanes] = {};
             for (int32_t l = 0; l < slots - whole; ++l) rest[l] = costs[whole + l];
-            look_at(load_eight(rest), whole);
+            look_at(load_doubles<Bytes>(rest), whole);
         }
-        return first_lowest(lowest, scanned);
+        return first_lowest<Bytes>(lowest, scanned);
     }
 
     // How far away the row closed k-th is from its cheapest free column, or less where that column was taken.

@@ -7,8 +7,8 @@
 
 #include "../core/lsap.h"
 
-// A function is compiled for each of these vector widths, and the loader picks one. A sanitizer's runtime is not up yet
-// when the loader does so.
+// A function of loops that the compiler makes vectors of is compiled for each of these widths, and the loader picks
+// one. (Where vectors are written out, see widths.h.) A sanitizer's runtime is not up yet when the loader does so.
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__SANITIZE_ADDRESS__) && \
     !defined(__SANITIZE_THREAD__) && !defined(DETR_FAST_ONE_TARGET)
 #define DETR_FAST_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), flatten))

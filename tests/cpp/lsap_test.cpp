@@ -72,7 +72,7 @@ void test_certificates() {
 }
 
 // The solvers of the CPU against the one text for all devices, which makes the same choices.
-template <typename Cost>
+template <typename Cost, int Bytes>
 void test_quicker_solvers() {
     std::mt19937 random(std::random_device{}());
     int unique = 0;
@@ -90,8 +90,8 @@ void test_quicker_solvers() {
         const Outcome expected_outcome = detr_fast::solve_assignment(detr_fast::OneThread{}, cost, expected);
 
         // Exactly the bytes it asks for here too.
-        std::vector<unsigned char> memory(detr_fast::SlotAssignment<Cost>::bytes(rows, columns), 0xff);
-        detr_fast::SlotAssignment<Cost> found(cost, memory.data());
+        std::vector<unsigned char> memory(detr_fast::SlotAssignment<Cost, Bytes>::bytes(rows, columns), 0xff);
+        detr_fast::SlotAssignment<Cost, Bytes> found(cost, memory.data());
         require(found.start(), "every cost is a number");
         bool paused = true;
         Outcome outcome = Outcome::solved;
@@ -101,8 +101,8 @@ void test_quicker_solvers() {
         const int32_t* column_of_row = found.column_of_row();
         for (int i = 0; i < rows; ++i) require(column_of_row[i] == expected.column_of_row[i], "the columns agree");
 
-        std::vector<unsigned char> priced_memory(detr_fast::PricedAssignment<Cost>::bytes(rows, columns), 0xff);
-        detr_fast::PricedAssignment<Cost> priced(cost, priced_memory.data());
+        std::vector<unsigned char> priced_memory(detr_fast::PricedAssignment<Cost, Bytes>::bytes(rows, columns), 0xff);
+        detr_fast::PricedAssignment<Cost, Bytes> priced(cost, priced_memory.data());
         if (!priced.solve()) continue;
         ++unique;
         column_of_row = priced.column_of_row();
@@ -156,8 +156,10 @@ void test_exceptions_reach_the_caller() {
 
 int main() {
     test_certificates();
-    test_quicker_solvers<float>();
-    test_quicker_solvers<double>();
+    test_quicker_solvers<float, 16>();
+    test_quicker_solvers<float, 32>();
+    test_quicker_solvers<float, 64>();
+    test_quicker_solvers<double, 64>();
     test_callers_at_once();
     test_exceptions_reach_the_caller();
     return 0;

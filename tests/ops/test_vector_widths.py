@@ -1,0 +1,66 @@
+"""The native CPU code at every width of vectors: a processor with AVX-512 also runs what others would."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from detr_fast.ops import _native, assignment
+from detr_fast.ops.matching import matching
+from detr_fast.ops.matching_cost import matching_cost
+from ops.assignment_cases import by_scipy, needs_native
+from ops.matching_cases import DETR, FOCAL, SHAPES, Shape, double, make_case
+
+pytestmark = needs_native
+
+
+@pytest.fixture(params=[16, 32, 64])
+def vector_bytes(request: pytest.FixtureRequest) -> Iterator[int]:
+    native = _native.module()
+    if native.vector_bytes() < request.param:
+        pytest.skip(f"this processor's vectors hold {native.vector_bytes()} bytes")
+    native.limit_vector_bytes(request.param)
+    assert native.vector_bytes() == request.param
+    yield request.param
+    native.limit_vector_bytes(64)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *(s for s in SHAPES.values() if sum(s.num_targets)),
+        Shape(1, 33, 15, [5, 2]),
+        Shape(1, 15, 16, [5]),
+        Shape(1, 18, 33, [5]),
+    ],
+)
+def test_costs(shape: Shape, vector_bytes: int) -> None:
+    case = make_case(shape)
+    for weights in (DETR, FOCAL):
+        exact = matching_cost(*double(case), weights, backend="reference").cost
+        own_error = (matching_cost(*case, weights, backend="reference").cost - exact).abs().amax()
+        error = (matching_cost(*case, weights, backend="native").cost - exact).abs().amax()
+        assert error <= 2 * own_error + 1e-6
+        found = matching_cost(*double(case), weights, backend="native").cost
+        torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("alike", [False, True], ids=["any", "queries alike"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("queries", "targets"), [(100, 30), (61, 61), (9, 40), (300, 77)])
+def test_assignments_are_scipys(queries: int, targets: int, dtype: torch.dtype, alike: bool, vector_bytes: int) -> None:
+    cost = torch.rand(4, queries, targets, dtype=dtype)
+    if alike:
+        cost = 1e-3 * cost + torch.rand(4, 1, targets, dtype=dtype)
+    ties = torch.randint(4, (4, queries, targets)).to(dtype)
+    counts = [targets, targets // 2, 1, targets]
+    for costs in (cost, ties):
+        assert torch.equal(assignment(costs, counts, backend="native"), by_scipy(costs, counts))
+
+
+def test_matching_is_the_same_at_every_width(vector_bytes: int) -> None:
+    case = make_case(SHAPES["real"])
+    found, _ = matching(*case, DETR, backend="native")
+    assert torch.equal(found, matching(*case, DETR, backend="reference").query_of_target)
