@@ -6,6 +6,7 @@
 
 #include <array>
 #include <cstdint>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -87,7 +88,20 @@ struct MatchingInputs {
     }
 };
 
+// Labels are offsets into a query's logits.
+void check_labels(const MatchingInputs& m) {
+    const auto* labels = at<const int64_t>(m.labels);
+    const int64_t classes = m.sizes[3];
+    const int64_t count = std::accumulate(m.num_targets.begin(), m.num_targets.end(), int64_t{0});
+    for (int64_t n = 0; n < count; ++n) {
+        if (labels[n] >= 0 && labels[n] < classes) continue;
+        throw py::index_error("labels must be in [0, " + std::to_string(classes - 1) +
+                              "], the places of a query's logits, got " + std::to_string(labels[n]));
+    }
+}
+
 void matching_cost_cpu(const MatchingInputs& m, uintptr_t cost, uintptr_t nonfinite, int threads) {
+    check_labels(m);
     const py::gil_scoped_release release;
     const auto inputs = m.inputs();
     const auto weights = m.cost_weights();
@@ -95,6 +109,7 @@ void matching_cost_cpu(const MatchingInputs& m, uintptr_t cost, uintptr_t nonfin
 }
 
 void matching_cpu(const MatchingInputs& m, uintptr_t query_of_target, uintptr_t nonfinite, int threads) {
+    check_labels(m);
     const py::gil_scoped_release release;
     const auto inputs = m.inputs();
     const auto weights = m.cost_weights();
@@ -144,6 +159,7 @@ detr_fast_set_losses set_losses(const FiveAddresses& a) {
 // results: losses, metrics, and slopes of logits, L1 and GIoU, or zeros for these.
 void set_loss_cpu(const MatchingInputs& m, uintptr_t query_of_target, uintptr_t num_boxes, int kind, uintptr_t weight,
                   double alpha, double gamma, const FiveAddresses& results, int threads) {
+    check_labels(m);
     const py::gil_scoped_release release;
     const auto inputs = m.inputs();
     const detr_fast_class_loss class_loss{static_cast<detr_fast_class_loss_kind>(kind), at<const void>(weight), alpha,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from detr_fast.data.batch import Target
 from detr_fast.ops import CostWeights, PackedTargets, matching
 from detr_fast.ops.boxes import cxcywh_to_xyxy, elementwise_giou
-from detr_fast.targets import check_targets
+from detr_fast.targets import check_and_pack
 
 
 class HungarianMatcher(nn.Module):
@@ -79,8 +79,10 @@ class HungarianMatcher(nn.Module):
         logits = [outputs["pred_logits"] for outputs in layers]
         boxes = [outputs["pred_boxes"] for outputs in layers]
         if validate:
-            check_targets(targets, num_classes=logits[0].shape[-1] - 1, batch_size=len(logits[0]))
-        return self.match_packed(logits, boxes, PackedTargets.pack(targets))
+            packed = check_and_pack(targets, num_classes=logits[0].shape[-1] - 1, batch_size=len(logits[0]))
+        else:
+            packed = PackedTargets.pack(targets)
+        return self.match_packed(logits, boxes, packed)
 
     @torch.no_grad()
     def match_packed(self, logits: Sequence[Tensor], boxes: Sequence[Tensor], targets: PackedTargets) -> Tensor:

@@ -38,7 +38,7 @@ class NativeArguments:
     """Predictions and targets as addresses and sizes; holds the tensors that the addresses point into.
 
     Numbers become ``dtype``, in which costs are computed. For a kernel, which reads each of _native.DTYPES as it lies,
-    they stay what they are where they can; labels are not looked at then, because that would wait for the device.
+    they stay what they are where they can.
     """
 
     def __init__(
@@ -51,8 +51,6 @@ class NativeArguments:
         *,
         for_kernel: bool = False,
     ) -> None:
-        if not for_kernel:
-            _check_labels(targets, logits[0].shape[2])
         self.dtype = torch.promote_types(logits[0].dtype, torch.float32)
         self.logits = _same_strides(_readable(logits, self.dtype, for_kernel))
         self.boxes = _same_strides(_readable(boxes, self.dtype, for_kernel))
@@ -83,19 +81,9 @@ class NativeArguments:
 
 def _readable(tensors: Sequence[Tensor], dtype: torch.dtype, for_kernel: bool) -> list[Tensor]:
     dtypes = {x.dtype for x in tensors}
-    if for_kernel and len(dtypes) == 1 and dtypes <= _native.DTYPES.keys():
-        return [x.detach() for x in tensors]
+    if dtypes == {dtype} or (for_kernel and len(dtypes) == 1 and dtypes <= _native.DTYPES.keys()):
+        return list(tensors)
     return [x.detach().to(dtype) for x in tensors]
-
-
-def _check_labels(targets: PackedTargets, classes: int) -> None:
-    # The C++ takes a label as an offset. The tensors are on the CPU here, so that looking costs no wait.
-    if len(targets.labels) == 0:
-        return
-    lowest, highest = (int(x) for x in targets.labels.aminmax())
-    if lowest < 0 or highest >= classes:
-        bad = lowest if lowest < 0 else highest
-        raise IndexError(f"labels must be in [0, {classes - 1}], the places of a query's logits, got {bad}")
 
 
 def _same_strides(layers: list[Tensor]) -> list[Tensor]:
