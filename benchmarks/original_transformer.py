@@ -34,15 +34,17 @@ class Block(nn.Module):
 class EncoderLayer(Block):
     """Self-attention over all tokens of the padded map, sequence first."""
 
-    def __init__(self, width: int, heads: int, inner: int, dropout: float) -> None:
+    def __init__(self, width: int, heads: int, inner: int, dropout: float, need_weights: bool) -> None:
         super().__init__(width, inner, dropout, attentions=1)
         self.self_attn = nn.MultiheadAttention(width, heads, dropout=dropout)
+        self.need_weights = need_weights
         self.weights: Tensor | None = None
 
     def forward(self, x: Tensor, padding: Tensor, pos: Tensor) -> Tensor:
         """[S, B, D] tokens, [B, S] padding."""
         query = x + pos
-        branch, self.weights = self.self_attn(query, query, x, key_padding_mask=padding)
+        more = {"key_padding_mask": padding, "need_weights": self.need_weights}
+        branch, self.weights = self.self_attn(query, query, x, **more)
         x = self.add(1, x, branch)
         return self.add(2, x, self.feed_forward(x))
 
@@ -50,17 +52,19 @@ class EncoderLayer(Block):
 class DecoderLayer(Block):
     """Self-attention of the queries, attention to the memory."""
 
-    def __init__(self, width: int, heads: int, inner: int, dropout: float) -> None:
+    def __init__(self, width: int, heads: int, inner: int, dropout: float, need_weights: bool) -> None:
         super().__init__(width, inner, dropout, attentions=2)
         self.self_attn = nn.MultiheadAttention(width, heads, dropout=dropout)
         self.multihead_attn = nn.MultiheadAttention(width, heads, dropout=dropout)
+        self.need_weights = need_weights
         self.weights: Tensor | None = None
 
     def forward(self, x: Tensor, memory: Tensor, padding: Tensor, pos: Tensor, query_pos: Tensor) -> Tensor:
         """[Q, B, D] queries, [S, B, D] memory, [B, S] padding."""
         query = x + query_pos
-        x = self.add(1, x, self.self_attn(query, query, x)[0])
-        branch, self.weights = self.multihead_attn(x + query_pos, memory + pos, memory, key_padding_mask=padding)
+        x = self.add(1, x, self.self_attn(query, query, x, need_weights=self.need_weights)[0])
+        more = {"key_padding_mask": padding, "need_weights": self.need_weights}
+        branch, self.weights = self.multihead_attn(x + query_pos, memory + pos, memory, **more)
         x = self.add(2, x, branch)
         return self.add(3, x, self.feed_forward(x))
 
@@ -74,7 +78,10 @@ class Layers(nn.Module):
 
 
 class OriginalTransformer(nn.Module):
-    """Post-norm, with every decoder layer's output."""
+    """Post-norm, with every decoder layer's output.
+
+    ``need_weights=False`` leaves out the mean attention weights, which the original computes and never reads.
+    """
 
     def __init__(
         self,
@@ -84,9 +91,10 @@ class OriginalTransformer(nn.Module):
         decoder_layers: int = 6,
         inner: int = 2048,
         dropout: float = 0.1,
+        need_weights: bool = True,
     ) -> None:
         super().__init__()
-        arguments = (width, heads, inner, dropout)
+        arguments = (width, heads, inner, dropout, need_weights)
         self.encoder = Layers([EncoderLayer(*arguments) for _ in range(encoder_layers)])
         self.decoder = Layers([DecoderLayer(*arguments) for _ in range(decoder_layers)], nn.LayerNorm(width))
 

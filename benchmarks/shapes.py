@@ -53,3 +53,36 @@ HUNDRED_TARGETS = Shape("hundred-targets-8", (100,) * 8, num_queries=300)
 CROWDED = Shape("crowded-16", CROWDED_TARGETS, num_queries=300, num_classes=2)
 
 MATCHING_SHAPES = (COCO_PER_GPU, COCO_SMALL, COCO_LARGE, COCO_QUERIES, HUNDRED_TARGETS, CROWDED)
+
+# Heights and widths of four consecutive images of COCO val2017, scaled to 800 on the shorter side, at most 1333 on the
+# longer one; and the commonest shape of an image.
+COCO_SIZES = ((800, 1204), (1064, 800), (800, 1071), (1049, 800))
+COMMON_SIZE = (800, 1066)
+
+
+@dataclass(frozen=True)
+class MapShape:
+    """The feature maps of a batch of images: ``sizes`` in pixels, padded to the largest height and width."""
+
+    name: str
+    sizes: tuple[tuple[int, int], ...]
+    stride: int = 32
+    num_queries: int = 100
+
+    @property
+    def cells(self) -> tuple[tuple[int, int], ...]:
+        """Rows and columns of each image's valid cells."""
+        return tuple((-(-height // self.stride), -(-width // self.stride)) for height, width in self.sizes)
+
+    @property
+    def frame(self) -> tuple[int, int]:
+        """Rows and columns of the padded maps."""
+        return max(h for h, _ in self.cells), max(w for _, w in self.cells)
+
+
+ONE_MAP = MapShape("one", (COMMON_SIZE,))
+MIXED_MAPS = MapShape("mixed-4", COCO_SIZES)
+# A dilated last stage (DC5): four times the tokens.
+DILATED_MAP = MapShape("dilated-one", (COMMON_SIZE,), stride=16)
+
+MAP_SHAPES = (ONE_MAP, MIXED_MAPS, DILATED_MAP)

@@ -48,6 +48,7 @@ class AttentionInputs:
         (query, query_layout), (key, key_layout) = self._of_valid_tokens()
         tokens = query_layout.tokens_at(cells.to(query.device))  # [B, N]
         chosen = list(tokens.clamp(min=0))
+        assert query_layout.offsets is not None and key_layout.offsets is not None  # no graph is traced here
         weights = attention_weights(query, key, query_layout.offsets, key_layout.offsets, queries=chosen)
         maps = key_layout.unpack(torch.cat([image.mean(0) for image in weights], dim=1).T)  # [B, N, h, w]
         return maps.masked_fill((tokens < 0)[:, :, None, None], 0)

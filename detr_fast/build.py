@@ -101,6 +101,7 @@ def model_from_args(args: Any) -> Detr | DetrSegm:
         dropout=options.dropout,
         normalize_before=options.pre_norm,
         return_intermediate_dec=True,
+        activation_checkpointing=options.activation_checkpointing,
     )
     detr = Detr(backbone, transformer, options.num_classes, options.num_queries, options.aux_loss)
     return DetrSegm(detr, freeze_detr=options.frozen_weights is not None) if options.masks else detr

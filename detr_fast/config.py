@@ -42,6 +42,7 @@ class ModelConfig:
     pre_norm: bool = _option(False, "normalise before each sublayer instead of after it")
     num_queries: int = _option(100, "object queries: the most objects that one image can have")
     aux_loss: bool = _option(True, "a loss after every decoder layer, not only the last")
+    activation_checkpointing: bool = _option(False, "train in less memory: the transformer's layers are computed twice")
 
     def __post_init__(self) -> None:
         for name in ("hidden_dim", "nheads", "dec_layers", "dim_feedforward", "num_queries"):

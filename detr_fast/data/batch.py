@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -23,14 +23,14 @@ class ImageBatch:
         images: [B, 3, H, W] float, zero in the padding (feature maps: [B, channels, H, W]).
         mask: [B, H, W] bool, True = padding.
         sizes: B (height, width) without padding, on the host, so that nobody has to ask the device for them; they must
-            be those of ``mask``. None where they are not known.
-        padded: whether there is any padding; None where that is not known.
+            be those of ``mask``. None where they are not known, or nothing is padded.
+        padded: whether there is any padding; None where that is not known. Where ``sizes`` are given, they say it.
     """
 
     images: Tensor
     mask: Tensor
     sizes: tuple[Size, ...] | None = None
-    padded: bool | None = field(init=False)
+    padded: bool | None = None
 
     def __post_init__(self) -> None:
         batch, _, height, width = _shape_of_images(self.images)
@@ -38,12 +38,11 @@ class ImageBatch:
             raise ValueError(
                 f"mask must be bool [{batch}, {height}, {width}], got {self.mask.dtype} {list(self.mask.shape)}"
             )
-        padded = None
         if self.sizes is not None:
             if len(self.sizes) != batch or not all(0 <= h <= height and 0 <= w <= width for h, w in self.sizes):
                 raise ValueError(f"sizes must be {batch} sizes of at most {height} x {width}, got {self.sizes}")
             padded = not all(h == height and w == width for h, w in self.sizes)
-        object.__setattr__(self, "padded", padded)  # frozen
+            object.__setattr__(self, "padded", padded)  # frozen
 
     @property
     def tensors(self) -> Tensor:
@@ -60,11 +59,11 @@ class ImageBatch:
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> ImageBatch:
         """The same batch on ``device``."""
         images = self.images.to(device, non_blocking=non_blocking)
-        return ImageBatch(images, self.mask.to(device, non_blocking=non_blocking), self.sizes)
+        return ImageBatch(images, self.mask.to(device, non_blocking=non_blocking), self.sizes, self.padded)
 
     def pin_memory(self) -> ImageBatch:
         """The same batch in page-locked memory; a ``DataLoader(pin_memory=True)`` calls this."""
-        return ImageBatch(self.images.pin_memory(), self.mask.pin_memory(), self.sizes)
+        return ImageBatch(self.images.pin_memory(), self.mask.pin_memory(), self.sizes, self.padded)
 
     @staticmethod
     def of(samples: Any) -> ImageBatch:
@@ -82,8 +81,7 @@ class ImageBatch:
             return samples
         if isinstance(samples, Tensor):
             batch, _, height, width = _shape_of_images(samples)
-            mask = samples.new_zeros((batch, height, width), dtype=torch.bool)
-            return ImageBatch(samples, mask, ((height, width),) * batch)
+            return ImageBatch(samples, samples.new_zeros((batch, height, width), dtype=torch.bool), padded=False)
         if hasattr(samples, "tensors") and hasattr(samples, "mask"):
             return ImageBatch(samples.tensors, samples.mask)
         if isinstance(samples, Sequence) and not isinstance(samples, str):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detr_fast.models.tokens import TokenLayout
-from detr_fast.ops import Dropout, attention
+from detr_fast.ops import Dropout, TokenOffsets, attention
 
 Heads = tuple[Tensor, Tensor, Tensor]  # query [Nq, H, E], key and value [Nk, H, E]
 
@@ -52,8 +52,10 @@ class MultiHeadAttention(nn.Module):
         p = self.dropout if self.training else 0.0
         if key_layout.padding is not None:
             heads = _masked_attention(query, key, value, key_layout.padding, p)
+        elif query_layout.offsets is None or key_layout.offsets is None:
+            heads = _dense_attention(query, key, value, key_layout.batch, None, p)
         else:
-            heads = _attend(query, key, value, query_layout, key_layout, p)
+            heads = _attend(query, key, value, query_layout.offsets, key_layout.offsets, p)
         return self.out_proj(heads.flatten(1))
 
     def project_self(self, x: Tensor, x_pos: Tensor) -> Heads:
@@ -102,13 +104,13 @@ def project_memory(layers: list[MultiHeadAttention], memory: Tensor, memory_pos:
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, query_layout: TokenLayout, key_layout: TokenLayout, p: float
+    query: Tensor, key: Tensor, value: Tensor, query_offsets: TokenOffsets, key_offsets: TokenOffsets, p: float
 ) -> Tensor:
     if p == 0 or torch.compiler.is_compiling():
         dropout = Dropout.draw(p, query.device) if p > 0 else None
-        return attention(query, key, value, query_layout.offsets, key_layout.offsets, dropout=dropout)
+        return attention(query, key, value, query_offsets, key_offsets, dropout=dropout)
     # In training PyTorch's own dropout, image by image: the op's reference draws a number for every weight in PyTorch.
-    query_lengths, key_lengths = (list(layout.offsets.lengths) for layout in (query_layout, key_layout))
+    query_lengths, key_lengths = (list(offsets.lengths) for offsets in (query_offsets, key_offsets))
     images = zip(query.split(query_lengths), key.split(key_lengths), value.split(key_lengths), strict=True)
     heads = [
         F.scaled_dot_product_attention(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), dropout_p=p)
@@ -117,12 +119,16 @@ def _attend(
     return torch.cat([x.transpose(0, 1) for x in heads])
 
 
-def _masked_attention(query: Tensor, key: Tensor, value: Tensor, padding: Tensor, dropout: float) -> Tensor:
+def _masked_attention(query: Tensor, key: Tensor, value: Tensor, padding: Tensor, p: float) -> Tensor:
     """Attention on padded tokens, of which those of ``padding`` [B, S] are not attended to."""
-    batch = len(padding)
-    q, k, v = (x.unflatten(0, (batch, -1)).transpose(1, 2) for x in (query, key, value))  # [B, H, length, E]
     # An image that is all padding has no keys: a row without any would be NaN in some of SDPA's kernels.
     empty = padding.all(1)[:, None, None, None]  # on the device, where it stays
     allowed = ~padding[:, None, None, :] | empty
-    heads = F.scaled_dot_product_attention(q, k, v, allowed, dropout).masked_fill(empty, 0)
-    return heads.transpose(1, 2).flatten(0, 1)
+    heads = _dense_attention(query, key, value, len(padding), allowed, p)
+    return heads.unflatten(0, (len(padding), -1)).masked_fill(empty, 0).flatten(0, 1)
+
+
+def _dense_attention(query: Tensor, key: Tensor, value: Tensor, batch: int, allowed: Tensor | None, p: float) -> Tensor:
+    """Attention where every image has as many tokens, [B * length, H, E] each."""
+    q, k, v = (x.unflatten(0, (batch, -1)).transpose(1, 2) for x in (query, key, value))  # [B, H, length, E]
+    return F.scaled_dot_product_attention(q, k, v, allowed, p).transpose(1, 2).flatten(0, 1)

@@ -268,7 +268,7 @@ def with_mask(features: Tensor, samples: ImageBatch) -> ImageBatch:
     frame, cells = samples.mask.shape[-2:], features.shape[-2:]
     mask = F.interpolate(samples.mask[None].float(), size=cells)[0].to(torch.bool)
     if samples.padded is False:
-        return ImageBatch(features, mask, ((cells[0], cells[1]),) * len(features))
+        return ImageBatch(features, mask, padded=False)
     # Sizes of padded images differ from batch to batch: a compiled model must not be compiled for each of them.
     if samples.sizes is None or torch.compiler.is_compiling():
         return ImageBatch(features, mask)

@@ -85,10 +85,10 @@ class Detr(nn.Module):
         Returns:
             hs [L, B, Q, D] and the encoder's memory [B, D, h, w].
         """
-        arguments = [src, features.mask, self.query_embed.weight, pos]
         if isinstance(self.transformer, Transformer) and isinstance(features, ImageBatch):
-            arguments.append(features.sizes)  # others take the original's four arguments
-        return self.transformer(*arguments)
+            mask = None if features.padded is False else features.mask
+            return self.transformer(src, mask, self.query_embed.weight, pos, features.sizes)
+        return self.transformer(src, features.mask, self.query_embed.weight, pos)  # as the original's is called
 
     def outputs(self, hs: Tensor) -> dict[str, Any]:
         """What ``forward`` returns, from the decoder's embeddings [L, B, Q, D]."""

@@ -17,22 +17,28 @@ class TokenLayout:
     """Which cells of B padded maps are tokens, and where each image's tokens lie.
 
     Attributes:
-        offsets: the images' tokens: N of them, in the order of images, rows and columns.
+        batch: B.
         frame: (h, w) of the padded maps.
+        offsets: the images' tokens: N of them, in the order of images, rows and columns. None where a graph is traced
+            for any number of images; every cell then is a token.
         index: [N] int64, each token's place among the B * h * w cells; None where every cell is a token.
         padding: [B, h * w] bool, True = a token that stands for padding and that nothing may attend to; None where
             there are none, as it is wherever the host knows what is padding.
     """
 
-    offsets: TokenOffsets
+    batch: int
     frame: Size
+    offsets: TokenOffsets | None
     index: Tensor | None = None
     padding: Tensor | None = None
 
     @staticmethod
     def full(batch: int, frame: Size, device: torch.device, padding: Tensor | None = None) -> TokenLayout:
         """Every cell is a token."""
-        return TokenLayout(TokenOffsets.equal(batch, frame[0] * frame[1], device), frame, None, padding)
+        # A symbol, in a graph that is traced, must not become a number.
+        known = type(batch) is int
+        offsets = TokenOffsets.equal(batch, frame[0] * frame[1], device) if known else None
+        return TokenLayout(batch, frame, offsets, None, padding)
 
     @staticmethod
     def of(mask: Tensor, sizes: Sequence[Size] | None = None, device: torch.device | None = None) -> TokenLayout:
@@ -69,7 +75,8 @@ class TokenLayout:
     def _packed(lengths: list[int], frame: Size, index: Tensor, device: torch.device) -> TokenLayout:
         if device.type == "cuda":
             index = index.pin_memory()  # a copy from memory that is not pinned waits for the device
-        return TokenLayout(TokenOffsets.of(lengths, device), frame, index.to(device, non_blocking=True))
+        offsets = TokenOffsets.of(lengths, device)
+        return TokenLayout(len(lengths), frame, offsets, index.to(device, non_blocking=True))
 
     def pack(self, maps: Tensor) -> Tensor:
         """[B, D, h, w] to the tokens [N, D]."""
@@ -80,8 +87,7 @@ class TokenLayout:
         """[N, D] to [B, D, h, w], zero where there is no token."""
         cells = tokens
         if self.index is not None:
-            batch, (height, width) = len(self.offsets.lengths), self.frame
-            zeros = tokens.new_zeros((batch * height * width, tokens.shape[1]))
+            zeros = tokens.new_zeros((self.batch * self.frame[0] * self.frame[1], tokens.shape[1]))
             cells = zeros.index_copy(0, self.index, tokens)
         if self.padding is not None:
             cells = cells.masked_fill(self.padding.flatten()[:, None], 0)
@@ -97,8 +103,8 @@ class TokenLayout:
 
     def tokens_at(self, cells: Tensor) -> Tensor:
         """The tokens at ``cells`` [M] (row * w + column), counted within each image: [B, M], -1 where there is none."""
-        batch, size = len(self.offsets.lengths), self.frame[0] * self.frame[1]
-        if self.index is None:
+        batch, size = self.batch, self.frame[0] * self.frame[1]
+        if self.index is None or self.offsets is None:
             return cells.expand(batch, -1)
         numbers = torch.arange(len(self.index), device=cells.device)
         places = numbers.new_full((batch * size,), -1).index_copy(0, self.index, numbers).view(batch, size)

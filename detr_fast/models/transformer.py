@@ -182,7 +182,7 @@ class TransformerDecoder(nn.Module):
         Returns:
             [L, B, Q, D], every layer's output, or [1, B, Q, D], the last one's.
         """
-        batch = len(layout.offsets.lengths)
+        batch = layout.batch
         queries = TokenLayout.full(batch, (1, len(query_pos)), query_pos.device)
         layers: list[TransformerDecoderLayer] = list(self.layers)  # type: ignore[arg-type]
         memories = project_memory([layer.multihead_attn for layer in layers], memory, memory_pos)
@@ -249,7 +249,7 @@ class Transformer(nn.Module):
     def forward(
         self,
         src: Tensor,
-        mask: Tensor,
+        mask: Tensor | None,
         query_embed: Tensor,
         pos_embed: Tensor,
         sizes: Sequence[Size] | None = None,
@@ -258,7 +258,7 @@ class Transformer(nn.Module):
 
         Args:
             src: [B, D, h, w] projected features.
-            mask: [B, h, w] bool, True = padding.
+            mask: [B, h, w] bool, True = padding; None: there is none.
             query_embed: [Q, D] the learned object queries, used as the queries' positions in every decoder layer.
             pos_embed: [B, D, h, w] positions of the tokens.
             sizes: the valid (height, width) of each map, as ``mask`` has them. Without them a mask on the CPU is read;
@@ -268,7 +268,11 @@ class Transformer(nn.Module):
             hs [L, B, Q, D] (L = 1 without ``return_intermediate_dec``) and the encoder's memory [B, D, h, w], which
             is zero where there is padding.
         """
-        layout = TokenLayout.of(mask, sizes)
+        height, width = src.shape[-2:]
+        if mask is None:
+            layout = TokenLayout.full(src.shape[0], (height, width), src.device)  # len() of a symbol is a number
+        else:
+            layout = TokenLayout.of(mask, sizes)
         memory, memory_pos = self.encoder(layout.pack(src), layout.pack(pos_embed), layout)
         return self.decoder(memory, memory_pos, query_embed, layout), layout.unpack(memory)
 
