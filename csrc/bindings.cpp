@@ -37,14 +37,24 @@ T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-// Returns the first problem that has another outcome than being solved, and that outcome; None where there is none.
+void solve_assignment_cpu(uintptr_t cost, bool is_double, const Triple& sizes, const Triple& strides,
+                          const Counts& num_targets, bool by_auction, uintptr_t query_of_target, uintptr_t outcome,
+                          uintptr_t dual_gap, int threads) {
+    const py::gil_scoped_release release;
+    detr_fast_assignment_cpu(at<const void>(cost), is_double, sizes.data(), strides.data(), num_targets.data(),
+                             by_auction, at<int64_t>(query_of_target), at<int32_t>(outcome), at<double>(dual_gap),
+                             threads);
+}
+
+// By shortest paths and without a report, which is what a training step calls. Returns the first problem that has
+// another outcome than being solved, and that outcome; None where there is none.
 py::object assignment_cpu(uintptr_t cost, bool is_double, const Triple& sizes, const Triple& strides,
                           const Counts& num_targets, uintptr_t query_of_target, int threads) {
     std::vector<int32_t> outcome(num_targets.size());
     {
         const py::gil_scoped_release release;
         detr_fast_assignment_cpu(at<const void>(cost), is_double, sizes.data(), strides.data(), num_targets.data(),
-                                 at<int64_t>(query_of_target), outcome.data(), threads);
+                                 false, at<int64_t>(query_of_target), outcome.data(), nullptr, threads);
     }
     for (size_t p = 0; p < outcome.size(); ++p) {
         if (outcome[p] != 0) return py::make_tuple(p, outcome[p]);
@@ -211,14 +221,14 @@ int64_t assignment_cuda_workspace(bool is_double, const Triple& sizes, const Tri
 }
 
 void assignment_cuda(uintptr_t cost, bool is_double, const Triple& sizes, const Triple& strides,
-                     const Counts& num_targets, uintptr_t query_of_target, uintptr_t outcome, uintptr_t workspace,
-                     int device, uintptr_t stream) {
+                     const Counts& num_targets, uintptr_t query_of_target, uintptr_t outcome, uintptr_t dual_gap,
+                     uintptr_t workspace, int device, uintptr_t stream) {
     int error = 0;
     {
         const py::gil_scoped_release release;
         error = detr_fast_assignment_cuda(at<const void>(cost), is_double, sizes.data(), strides.data(),
                                           num_targets.data(), at<int64_t>(query_of_target), at<int32_t>(outcome),
-                                          at<void>(workspace), device, at<void>(stream));
+                                          at<double>(dual_gap), at<void>(workspace), device, at<void>(stream));
     }
     if (error != 0) raise_cuda_error("assignment", error);
 }
@@ -259,6 +269,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("add_layer_norm_cpu", &add_layer_norm_cpu);
     m.def("add_layer_norm_backward_cpu", &add_layer_norm_backward_cpu);
     m.def("assignment_cpu", &assignment_cpu);
+    m.def("solve_assignment_cpu", &solve_assignment_cpu);
     py::class_<MatchingInputs>(m, "MatchingInputs")
         .def(py::init([](bool is_double, const std::array<int64_t, 4>& sizes, Addresses logits, Addresses boxes,
                          Addresses extra, Pair logit_strides, Pair box_strides, uintptr_t labels,

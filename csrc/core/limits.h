@@ -10,6 +10,7 @@ template <typename Real>
 struct Limits {
     static constexpr Real tiny = std::numeric_limits<Real>::min();  // the smallest positive normal number
     static constexpr Real infinity = std::numeric_limits<Real>::infinity();
+    static constexpr Real epsilon = std::numeric_limits<Real>::epsilon();
     static constexpr Real not_a_number = std::numeric_limits<Real>::quiet_NaN();
 };
 

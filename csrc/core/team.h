@@ -1,7 +1,7 @@
 // How the threads that share one problem work together: one thread on the CPU, a warp on the GPU.
 //
 // An algorithm written over a Team visits elements `lane(), lane() + size, ...`, combines what the lanes found with
-// min() and max(), lets lane 0 do what is sequential, and calls sync() between a write and another lane's read.
+// min(), max() and sum(), lets lane 0 do what is sequential, and calls sync() between a write and another lane's read.
 
 #pragma once
 
@@ -13,6 +13,7 @@
 #define DETR_FAST_HD __host__ __device__ __forceinline__
 #define DETR_FAST_SIMD_MIN(...)
 #define DETR_FAST_SIMD_MAX(...)
+#define DETR_FAST_SIMD_SUM(...)
 #else
 #define DETR_FAST_HD inline
 // The lanes of a CPU's vector registers hold partial minima. Without the pragma a compiler keeps the order of
@@ -20,6 +21,7 @@
 #define DETR_FAST_PRAGMA(...) _Pragma(#__VA_ARGS__)
 #define DETR_FAST_SIMD_MIN(...) DETR_FAST_PRAGMA(omp simd reduction(min : __VA_ARGS__))
 #define DETR_FAST_SIMD_MAX(...) DETR_FAST_PRAGMA(omp simd reduction(max : __VA_ARGS__))
+#define DETR_FAST_SIMD_SUM(...) DETR_FAST_PRAGMA(omp simd reduction(+ : __VA_ARGS__))
 #endif
 
 namespace detr_fast {
@@ -31,6 +33,7 @@ struct OneThread {
     DETR_FAST_HD void sync() const {}
     DETR_FAST_HD double min(double value) const { return value; }
     DETR_FAST_HD int32_t max(int32_t value) const { return value; }
+    DETR_FAST_HD double sum(double value) const { return value; }
 };
 
 #if defined(__CUDACC__)
@@ -55,6 +58,14 @@ struct Warp {
     }
 
     __device__ __forceinline__ int32_t max(int32_t value) const { return __reduce_max_sync(everyone, value); }
+
+    // The same on every lane: each adds the same pairs, if in another order.
+    __device__ __forceinline__ double sum(double value) const {
+        for (int distance = size / 2; distance > 0; distance /= 2) {
+            value += __shfl_xor_sync(everyone, value, distance);
+        }
+        return value;
+    }
 };
 
 #endif

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <limits>
+#include <vector>
 
+#include "../core/dual_gap.h"
 #include "../core/lsap.h"
 #include "priced_lsap.h"
 #include "slot_lsap.h"
@@ -14,29 +16,33 @@ namespace detr_fast {
 
 namespace {
 
-template <typename Cost>
-void write_matching(const int32_t* column_of_row, const CostMatrix<Cost>& cost, bool rows_are_targets,
-                    int64_t* query_of_target) {
-    if (rows_are_targets) {
-        std::copy_n(column_of_row, cost.rows, query_of_target);
-        return;
-    }
-    std::fill_n(query_of_target, cost.columns, -1);
-    for (int32_t i = 0; i < cost.rows; ++i) query_of_target[column_of_row[i]] = i;
+#if defined(DETR_FAST_HAS_VECTORS)
+// For solvers that keep their prices otherwise. Not for speed: only reports want the gap.
+template <typename Cost, typename Solver>
+double gap_of(const CostMatrix<Cost>& cost, const Solver& solver, const int32_t* column_of_row) {
+    std::vector<double> column_price(cost.columns);
+    std::vector<int32_t> row_of_column(cost.columns, -1);
+    for (int32_t i = 0; i < cost.rows; ++i) row_of_column[column_of_row[i]] = i;
+    solver.write_prices(column_price.data());
+    return dual_gap(OneThread{}, cost, column_of_row, row_of_column.data(), column_price.data());
 }
+#endif
 
 template <typename Cost>
-Outcome solve_by_columns(const CostMatrix<Cost>& cost, bool rows_are_targets, void* memory, int64_t* query_of_target) {
+Outcome solve_by_columns(const CostMatrix<Cost>& cost, bool rows_are_targets, void* memory, int64_t* query_of_target,
+                         double* gap) {
     const Assignment a = Assignment::within(memory, cost.rows, cost.columns);
     const Outcome outcome = solve_assignment(OneThread{}, cost, a);
     if (outcome != Outcome::solved) return outcome;
     write_matching(a.column_of_row, cost, rows_are_targets, query_of_target);
+    if (gap != nullptr) *gap = dual_gap(OneThread{}, cost, a.column_of_row, a.row_of_column, a.column_price);
     return outcome;
 }
 
 #if defined(DETR_FAST_HAS_VECTORS)
 template <int Bytes, typename Cost>
-Outcome solve_by_slots(const CostMatrix<Cost>& cost, bool rows_are_targets, void* memory, int64_t* query_of_target) {
+Outcome solve_by_slots(const CostMatrix<Cost>& cost, bool rows_are_targets, void* memory, int64_t* query_of_target,
+                       double* gap) {
     using Slots = SlotAssignment<Cost, Bytes>;
     constexpr int64_t forever = std::numeric_limits<int64_t>::max();
     Slots slots(cost, memory);
@@ -48,12 +54,15 @@ Outcome solve_by_slots(const CostMatrix<Cost>& cost, bool rows_are_targets, void
         PricedAssignment<Cost, Bytes> priced(cost, after_slots);
         if (priced.solve()) {
             write_matching(priced.column_of_row(), cost, rows_are_targets, query_of_target);
+            if (gap != nullptr) *gap = gap_of(cost, priced, priced.column_of_row());
             return Outcome::solved;
         }
         outcome = slots.match_rows(forever, paused);
     }
     if (outcome == Outcome::solved) {
-        write_matching(slots.column_of_row(), cost, rows_are_targets, query_of_target);
+        const int32_t* column_of_row = slots.column_of_row();
+        write_matching(column_of_row, cost, rows_are_targets, query_of_target);
+        if (gap != nullptr) *gap = gap_of(cost, slots, column_of_row);
     }
     return outcome;
 }
@@ -65,15 +74,16 @@ struct Solve {
     bool rows_are_targets;
     void* memory;
     int64_t* query_of_target;
+    double* gap;
 
     template <int Bytes>
     Outcome run() const {
 #if defined(DETR_FAST_HAS_VECTORS)
         if (SlotAssignment<Cost, Bytes>::is_quicker(cost.rows, cost.columns)) {
-            return solve_by_slots<Bytes>(cost, rows_are_targets, memory, query_of_target);
+            return solve_by_slots<Bytes>(cost, rows_are_targets, memory, query_of_target, gap);
         }
 #endif
-        return solve_by_columns(cost, rows_are_targets, memory, query_of_target);
+        return solve_by_columns(cost, rows_are_targets, memory, query_of_target, gap);
     }
 };
 
@@ -93,12 +103,14 @@ size_t solver_memory(bool is_double, int64_t rows, int64_t columns) {
     return is_double ? memory_for<double>(rows, columns) : memory_for<float>(rows, columns);
 }
 
-Outcome solve(const CostMatrix<float>& cost, bool rows_are_targets, void* memory, int64_t* query_of_target) {
-    return with_widest_vectors(Solve<float>{cost, rows_are_targets, memory, query_of_target});
+Outcome solve(const CostMatrix<float>& cost, bool rows_are_targets, void* memory, int64_t* query_of_target,
+              double* gap) {
+    return with_widest_vectors(Solve<float>{cost, rows_are_targets, memory, query_of_target, gap});
 }
 
-Outcome solve(const CostMatrix<double>& cost, bool rows_are_targets, void* memory, int64_t* query_of_target) {
-    return with_widest_vectors(Solve<double>{cost, rows_are_targets, memory, query_of_target});
+Outcome solve(const CostMatrix<double>& cost, bool rows_are_targets, void* memory, int64_t* query_of_target,
+              double* gap) {
+    return with_widest_vectors(Solve<double>{cost, rows_are_targets, memory, query_of_target, gap});
 }
 
 namespace {
@@ -113,6 +125,8 @@ struct Batch {
     const int64_t* num_targets;
     int64_t* query_of_target;
     int32_t* outcome;
+    double* dual_gap;  // may be null
+    bool by_auction;
 };
 
 // A problem's rows are its targets, or its queries where these are not more: SciPy's choice, which ties depend on.
@@ -127,11 +141,13 @@ void solve_problem(const Batch& batch, const Cost* cost, int64_t p) {
     int64_t* out = batch.query_of_target + p * batch.targets;
     std::fill(out, out + batch.targets, -1);
     batch.outcome[p] = static_cast<int32_t>(Outcome::solved);
+    if (batch.dual_gap != nullptr) batch.dual_gap[p] = 0.0;
     if (rows == 0) return;
 
     static thread_local Scratch scratch;
+    constexpr bool is_double = sizeof(Cost) == sizeof(double);
     const bool in_place = column_stride == 1;
-    const size_t state = solver_memory(sizeof(Cost) == sizeof(double), rows, columns);
+    const size_t state = (batch.by_auction ? auction_memory : solver_memory)(is_double, rows, columns);
     const size_t tile = in_place ? 0 : static_cast<size_t>(rows * columns) * sizeof(Cost);
     unsigned char* memory = scratch.reserve(state + tile);
     CostMatrix<Cost> matrix{cost + p * batch.strides[0], row_stride, static_cast<int32_t>(rows),
@@ -146,7 +162,11 @@ void solve_problem(const Batch& batch, const Cost* cost, int64_t p) {
         matrix.row_stride = columns;
     }
 
-    batch.outcome[p] = static_cast<int32_t>(solve(matrix, rows_are_targets, memory, out));
+    double* gap = batch.dual_gap == nullptr ? nullptr : batch.dual_gap + p;
+    const Outcome outcome = batch.by_auction ? solve_by_auction(matrix, rows_are_targets, memory, out, gap)
+                                             : solve(matrix, rows_are_targets, memory, out, gap);
+    batch.outcome[p] = static_cast<int32_t>(outcome);
+    if (gap != nullptr && outcome != Outcome::solved) *gap = std::numeric_limits<double>::infinity();
     scratch.release_if_large();
 }
 
@@ -163,9 +183,11 @@ void solve_batch(const Batch& batch, const Cost* cost, int64_t problems, int thr
 }  // namespace detr_fast
 
 void detr_fast_assignment_cpu(const void* cost, bool is_double, const int64_t sizes[3], const int64_t strides[3],
-                              const int64_t* num_targets, int64_t* query_of_target, int32_t* outcome, int threads) {
+                              const int64_t* num_targets, bool by_auction, int64_t* query_of_target, int32_t* outcome,
+                              double* dual_gap, int threads) {
     const detr_fast::Batch batch{sizes[1],    sizes[2],        {strides[0], strides[1], strides[2]},
-                                 num_targets, query_of_target, outcome};
+                                 num_targets, query_of_target, outcome,
+                                 dual_gap,    by_auction};
     if (is_double) {
         detr_fast::solve_batch(batch, static_cast<const double*>(cost), sizes[0], threads);
     } else {

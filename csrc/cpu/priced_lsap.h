@@ -54,6 +54,8 @@ class PricedAssignment {
 
     const int32_t* column_of_row() const { return column_of_row_; }
 
+    void write_prices(double* price) const { std::copy_n(column_price_, cost_.columns, price); }
+
   private:
     static constexpr int32_t lanes = Bytes / 8;  // doubles of a vector
     static constexpr double infinity = std::numeric_limits<double>::infinity();

@@ -89,6 +89,11 @@ class SlotAssignment {
         return nearest_column_;
     }
 
+    DETR_FAST_INLINE void write_prices(double* price) const {
+        for (int32_t j = 0; j < cost_.columns; ++j) price[j] = 0.0;
+        for (int32_t i = 0; i < cost_.rows; ++i) price[column_of_slot_[slot_of_row_[i]]] = price_[slot_of_row_[i]];
+    }
+
   private:
     using Nearest = NearestColumn<Cost, Bytes>;
 
@@ -99,9 +104,7 @@ class SlotAssignment {
 
     struct Path {
         double length;
-        int32_t end_column;
-        int32_t end_row;
-        int32_t closed;
+        int32_t end_column, end_row, closed;
     };
 
     SlotAssignment(const CostMatrix<Cost>& cost, Layout&& layout) : SlotAssignment(cost, layout) {}
@@ -248,8 +251,7 @@ class SlotAssignment {
     DETR_FAST_INLINE Path find_path(int32_t start) {
         double lowest_free = infinity;   // distance of the nearest free column known
         double lowest_stale = infinity;  // lower bound for the others
-        int32_t num_stale = 0;
-        int32_t i = start;
+        int32_t num_stale = 0, i = start;
         double reached = 0.0;
         if (!scan_.is_built) build_scan();
         for (int32_t k = 0;; ++k) {
@@ -327,8 +329,7 @@ class SlotAssignment {
         const Cost* __restrict__ row = cost_.row(i);
         const Cost* __restrict__ taken = taken_;
         const int32_t* __restrict__ position = scan_.position_of_column;
-        const double reached = reached_[k];
-        const double row_price = row_price_[i];
+        const double reached = reached_[k], row_price = row_price_[i];
         int32_t last = -1;
         DETR_FAST_SIMD_MAX(last)
         for (int32_t j = 0; j < cost_.columns; ++j) {

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <memory>
 
@@ -43,11 +44,30 @@ class Scratch {
     size_t capacity_ = 0;
 };
 
-// Bytes that solve() works in.
-size_t solver_memory(bool is_double, int64_t rows, int64_t columns);
+// Writes each target's query, -1 where there is none.
+template <typename Cost>
+void write_matching(const int32_t* column_of_row, const CostMatrix<Cost>& cost, bool rows_are_targets,
+                    int64_t* query_of_target) {
+    if (rows_are_targets) {
+        std::copy_n(column_of_row, cost.rows, query_of_target);
+        return;
+    }
+    std::fill_n(query_of_target, cost.columns, -1);
+    for (int32_t i = 0; i < cost.rows; ++i) query_of_target[column_of_row[i]] = i;
+}
 
-// Writes each target's query, -1 where there is none, unless the outcome is another than `solved`.
-Outcome solve(const CostMatrix<float>& cost, bool rows_are_targets, void* memory, int64_t* query_of_target);
-Outcome solve(const CostMatrix<double>& cost, bool rows_are_targets, void* memory, int64_t* query_of_target);
+// Bytes that solve() and solve_by_auction() work in.
+size_t solver_memory(bool is_double, int64_t rows, int64_t columns);
+size_t auction_memory(bool is_double, int64_t rows, int64_t columns);
+
+// Write each target's query, and core/dual_gap.h where it is asked for, unless the outcome is another than `solved`.
+Outcome solve(const CostMatrix<float>& cost, bool rows_are_targets, void* memory, int64_t* query_of_target,
+              double* gap = nullptr);
+Outcome solve(const CostMatrix<double>& cost, bool rows_are_targets, void* memory, int64_t* query_of_target,
+              double* gap = nullptr);
+Outcome solve_by_auction(const CostMatrix<float>& cost, bool rows_are_targets, void* memory, int64_t* query_of_target,
+                         double* gap);
+Outcome solve_by_auction(const CostMatrix<double>& cost, bool rows_are_targets, void* memory, int64_t* query_of_target,
+                         double* gap);
 
 }  // namespace detr_fast

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstddef>
 
+#include "../core/dual_gap.h"
+#include "../core/limits.h"
 #include "../core/lsap.h"
 #include "device_guard.h"
 #include "shared_memory.h"
@@ -40,6 +42,7 @@ struct Batch {
     int64_t stride_target;
     int64_t* query_of_target;
     int32_t* outcome;
+    double* dual_gap;  // may be null
     unsigned char* workspace;
     Placement placement;
 };
@@ -98,6 +101,11 @@ __global__ void __launch_bounds__(Warp::size) assignment_kernel(const Batch<Cost
         out[t] = outcome == Outcome::solved && t < targets ? match[t] : -1;
     }
     if (team.lane() == 0) batch.outcome[p] = static_cast<int32_t>(outcome);
+    if (batch.dual_gap == nullptr) return;
+    const double gap = outcome == Outcome::solved
+                           ? dual_gap(team, cost, a.column_of_row, a.row_of_column, a.column_price)
+                           : Limits<double>::infinity;
+    if (team.lane() == 0) batch.dual_gap[p] = gap;
 }
 
 // The sizes of the largest problem hold for all: rows and columns both grow with the number of targets.
@@ -144,6 +152,7 @@ cudaError_t launch(Batch<Cost> batch, int64_t problems, const int64_t* num_targe
         batch.cost += count * batch.stride_problem;
         batch.query_of_target += count * batch.targets;
         batch.outcome += count;
+        batch.dual_gap += batch.dual_gap == nullptr ? 0 : count;
         batch.workspace += count * batch.placement.workspace_bytes;
     }
     return error;
@@ -151,7 +160,8 @@ cudaError_t launch(Batch<Cost> batch, int64_t problems, const int64_t* num_targe
 
 template <typename Cost>
 cudaError_t assign(const void* cost, const int64_t sizes[3], const int64_t strides[3], const int64_t* num_targets,
-                   int64_t* query_of_target, int32_t* outcome, void* workspace, int device, cudaStream_t stream) {
+                   int64_t* query_of_target, int32_t* outcome, double* dual_gap, void* workspace, int device,
+                   cudaStream_t stream) {
     const DeviceGuard guard(device);
     if (guard.status() != cudaSuccess) return guard.status();
     size_t shared_limit = 0;
@@ -165,6 +175,7 @@ cudaError_t assign(const void* cost, const int64_t sizes[3], const int64_t strid
                             strides[2],
                             query_of_target,
                             outcome,
+                            dual_gap,
                             static_cast<unsigned char*>(workspace),
                             place(sizeof(Cost), sizes, strides, num_targets, shared_limit)};
     return launch(batch, sizes[0], num_targets, stream);
@@ -184,10 +195,10 @@ int64_t detr_fast_assignment_cuda_workspace(bool is_double, const int64_t sizes[
 }
 
 int detr_fast_assignment_cuda(const void* cost, bool is_double, const int64_t sizes[3], const int64_t strides[3],
-                              const int64_t* num_targets, int64_t* query_of_target, int32_t* outcome, void* workspace,
-                              int device, void* stream) {
+                              const int64_t* num_targets, int64_t* query_of_target, int32_t* outcome, double* dual_gap,
+                              void* workspace, int device, void* stream) {
     const auto assign = is_double ? detr_fast::assign<double> : detr_fast::assign<float>;
-    return assign(cost, sizes, strides, num_targets, query_of_target, outcome, workspace, device,
+    return assign(cost, sizes, strides, num_targets, query_of_target, outcome, dual_gap, workspace, device,
                   static_cast<cudaStream_t>(stream));
 }
 

@@ -13,12 +13,13 @@ extern "C" {
 int64_t detr_fast_assignment_cuda_workspace(bool is_double, const int64_t sizes[3], const int64_t strides[3],
                                             const int64_t* num_targets, int device);
 
-// As detr_fast_assignment_cpu, except that cost, query_of_target, outcome and workspace are device memory; num_targets
-// is host memory and is read before the call returns. Neither allocates nor waits; works in stream order, and can be
-// captured in a graph (the counts are then part of it). Returns a cudaError_t.
+// As detr_fast_assignment_cpu by shortest paths, except that cost, query_of_target, outcome, dual_gap (which may be
+// null) and workspace are device memory; num_targets is host memory and is read before the call returns. Neither
+// allocates nor waits; works in stream order, and can be captured in a graph (the counts are then part of it). Returns
+// a cudaError_t.
 int detr_fast_assignment_cuda(const void* cost, bool is_double, const int64_t sizes[3], const int64_t strides[3],
-                              const int64_t* num_targets, int64_t* query_of_target, int32_t* outcome, void* workspace,
-                              int device, void* stream);
+                              const int64_t* num_targets, int64_t* query_of_target, int32_t* outcome, double* dual_gap,
+                              void* workspace, int device, void* stream);
 
 const char* detr_fast_cuda_error(int error);
 

@@ -9,7 +9,7 @@ Bare ``boxes`` are cxcywh in [0, 1]; ``boxes_xyxy`` are corners in any unit. In 
 """
 
 from detr_fast.ops.add_layer_norm import add_layer_norm
-from detr_fast.ops.assignment import assignment
+from detr_fast.ops.assignment import AssignmentOutcome, AssignmentReport, assignment, solve_assignment
 from detr_fast.ops.attention import TokenOffsets, attention, attention_weights
 from detr_fast.ops.boxes import (
     box_area,
@@ -27,6 +27,8 @@ from detr_fast.ops.matching_cost import CostWeights, MatchingCost, PackedTargets
 from detr_fast.ops.set_loss import CrossEntropy, Focal, SetLosses, Varifocal, set_loss
 
 __all__ = [
+    "AssignmentOutcome",
+    "AssignmentReport",
     "CostWeights",
     "CrossEntropy",
     "Dropout",
@@ -52,5 +54,6 @@ __all__ = [
     "pairwise_giou",
     "pairwise_iou",
     "set_loss",
+    "solve_assignment",
     "xyxy_to_cxcywh",
 ]

@@ -3,8 +3,6 @@
 
 #include "lsap.h"
 
-#include <cstdio>
-#include <cstdlib>
 #include <limits>
 #include <random>
 #include <stdexcept>
@@ -14,6 +12,7 @@
 
 #include "assignment.h"
 #include "priced_lsap.h"
+#include "require.h"
 #include "slot_lsap.h"
 #include "thread_pool.h"
 
@@ -22,12 +21,6 @@ using detr_fast::CostMatrix;
 using detr_fast::Outcome;
 
 namespace {
-
-void require(bool holds, const std::string& what) {
-    if (holds) return;
-    std::fprintf(stderr, "failed: %s\n", what.c_str());
-    std::exit(1);
-}
 
 std::vector<double> random_costs(std::mt19937& random, int rows, int columns, bool ties) {
     std::vector<double> costs(static_cast<size_t>(rows) * columns);
@@ -118,8 +111,8 @@ std::vector<int64_t> solve_batch(const std::vector<double>& costs, int threads) 
     std::vector<int64_t> num_targets(problems), query_of_target(problems * targets);
     std::vector<int32_t> outcome(problems);
     for (int64_t p = 0; p < problems; ++p) num_targets[p] = p % (targets + 1);
-    detr_fast_assignment_cpu(costs.data(), true, sizes, strides, num_targets.data(), query_of_target.data(),
-                             outcome.data(), threads);
+    detr_fast_assignment_cpu(costs.data(), true, sizes, strides, num_targets.data(), false, query_of_target.data(),
+                             outcome.data(), nullptr, threads);
     for (const int32_t o : outcome) require(o == 0, "every problem of the batch is solved");
     return query_of_target;
 }
@@ -154,6 +147,8 @@ void test_exceptions_reach_the_caller() {
 
 }  // namespace
 
+void test_auctions();  // auction_test.cpp
+
 int main() {
     test_certificates();
     test_quicker_solvers<float, 16>();
@@ -162,5 +157,6 @@ int main() {
     test_quicker_solvers<double, 64>();
     test_callers_at_once();
     test_exceptions_reach_the_caller();
+    test_auctions();
     return 0;
 }

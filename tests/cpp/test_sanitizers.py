@@ -10,7 +10,13 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = {
-    "lsap_test": ["csrc/cpu/assignment.cpp", "csrc/cpu/thread_pool.cpp", "csrc/cpu/widths.cpp"],
+    "lsap_test": [
+        "tests/cpp/auction_test.cpp",
+        "csrc/cpu/assignment.cpp",
+        "csrc/cpu/auction.cpp",
+        "csrc/cpu/thread_pool.cpp",
+        "csrc/cpu/widths.cpp",
+    ],
     "mask_loss_test": ["csrc/cpu/mask_loss.cpp", "csrc/cpu/thread_pool.cpp", "csrc/cpu/widths.cpp"],
     "add_layer_norm_test": ["csrc/cpu/add_layer_norm.cpp", "csrc/cpu/thread_pool.cpp"],
 }

@@ -45,12 +45,16 @@ def launch(
     workspace = np.full(workspace_bytes + 16, 0xFF, dtype=np.uint8)  # a canary after the end
     query_of_target = np.full((cost.shape[0], cost.shape[2]), -9, dtype=np.int64)
     outcome = np.full(cost.shape[0], -9, dtype=np.int32)
-    pointers = [ctypes.c_void_p(a.ctypes.data) for a in (cost, query_of_target, outcome, workspace)]
+    gap = np.full(cost.shape[0], -9.0)
+    pointers = [ctypes.c_void_p(a.ctypes.data) for a in (cost, query_of_target, outcome, gap, workspace)]
     error = kernel.detr_fast_assignment_cuda(
         pointers[0], is_double, sizes, strides, counts, *pointers[1:], 0, ctypes.c_void_p(None)
     )
     assert error == 0
     assert (workspace[workspace_bytes:] == 0xFF).all(), "the kernel wrote behind its workspace"
+    assert (gap[outcome == SOLVED] >= 0).all()
+    assert (gap[outcome == SOLVED] <= 1e-12).all(), "shortest paths are exact but for rounding"
+    assert (gap[outcome != SOLVED] == np.inf).all()
     return query_of_target, outcome
 
 

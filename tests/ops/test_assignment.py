@@ -39,7 +39,7 @@ def dual_gap(cost: np.ndarray, query_of_target: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("backend", "device"), PLACES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_matches_scipy(shape: str, backend: str, device: str, dtype: torch.dtype, kind: str) -> None:
@@ -197,10 +197,9 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"cost must be \[P, Q, T\], got \(4, 5\)"):
             assignment(torch.rand(4, 5), [5])
 
-    @pytest.mark.parametrize("dtype", [torch.int64, torch.float16, torch.bfloat16])
-    def test_dtype(self, dtype: torch.dtype) -> None:
-        with pytest.raises(ValueError, match=f"cost must be float32 or float64, got {dtype}"):
-            assignment(torch.zeros(1, 4, 5, dtype=dtype), [5])
+    def test_dtype(self) -> None:
+        with pytest.raises(ValueError, match="cost must be float32, float64, bfloat16 or float16, got torch.int64"):
+            assignment(torch.zeros(1, 4, 5, dtype=torch.int64), [5])
 
     def test_number_of_counts(self) -> None:
         with pytest.raises(ValueError, match="num_targets must have one count for each of the 2 problems, got 1"):

@@ -18,7 +18,7 @@ class TestTorch:
     def test_opcheck(self) -> None:
         op = torch.ops.detr_fast.assignment.default
         torch.library.opcheck(op, (torch.rand(3, 10, 4), [4, 0, 2]))
-        torch.library.opcheck(op, (torch.rand(3, 10, 4, dtype=torch.float64), [4, 0, 2], "reference"))
+        torch.library.opcheck(op, (torch.rand(3, 10, 4, dtype=torch.float64), [4, 0, 2], "shortest_path", "reference"))
         torch.library.opcheck(op, (torch.rand(2, 10, 4, requires_grad=True), [4, 1]))
 
     def test_compiles_to_one_node_that_holds_for_other_counts(self) -> None:

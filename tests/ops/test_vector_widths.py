@@ -60,6 +60,17 @@ def test_assignments_are_scipys(queries: int, targets: int, dtype: torch.dtype, 
         assert torch.equal(assignment(costs, counts, backend="native"), by_scipy(costs, counts))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("queries", "targets"), [(100, 30), (61, 61), (9, 40)])
+def test_auctions_are_optimal(queries: int, targets: int, dtype: torch.dtype, vector_bytes: int) -> None:
+    cost = torch.randint(1000, (1, queries, targets)).to(dtype)
+    total = 0.0
+    for found in (assignment(cost, [targets], method="auction", backend="native")[0], by_scipy(cost, [targets])[0]):
+        matched = found >= 0
+        total = float(cost[0, found[matched], matched.nonzero()[:, 0]].sum()) - total
+    assert total == 0
+
+
 def test_matching_is_the_same_at_every_width(vector_bytes: int) -> None:
     case = make_case(SHAPES["real"])
     found, _ = matching(*case, DETR, backend="native")

@@ -8,17 +8,56 @@ import torch
 from torch import Tensor
 
 from detr_fast.ops import _native
-from detr_fast.ops.assignment.reference import check_numbers, infeasible
+from detr_fast.ops.assignment.report import AssignmentOutcome, AssignmentReport, check_numbers, infeasible
 
-INVALID = 2  # of Outcome in csrc/core/lsap.h
+HALVES = (torch.float16, torch.bfloat16)
 
 
 def why_not(cost: Tensor) -> str | None:
     return _native.why_not(cost.device)
 
 
+def why_no_auction(cost: Tensor) -> str | None:
+    return "the auction has no kernel for CUDA" if cost.is_cuda else why_not(cost)
+
+
 def assignment_native(cost: Tensor, num_targets: Sequence[int]) -> Tensor:
-    return _on_cuda(cost.detach(), list(num_targets)) if cost.is_cuda else _on_cpu(cost, num_targets)
+    cost = widened(cost)
+    if cost.is_cuda:
+        return _on_cuda(cost.detach(), list(num_targets), dual_gap=None)[0]
+    return _on_cpu(cost, num_targets)
+
+
+def widened(cost: Tensor) -> Tensor:
+    """As float32, where it has 16 bits; every number stays what it is."""
+    return cost.float() if cost.dtype in HALVES else cost
+
+
+def report_native(cost: Tensor, num_targets: Sequence[int], *, method: str) -> AssignmentReport:
+    if cost.is_cuda:
+        return report_on_cuda(cost, num_targets)
+    cost = widened(cost.detach())
+    query_of_target = cost.new_empty((cost.shape[0], cost.shape[2]), dtype=torch.int64)  # [P, T]
+    outcome = cost.new_empty(cost.shape[0], dtype=torch.int32)
+    dual_gap = cost.new_empty(cost.shape[0], dtype=torch.float64)
+    _native.module().solve_assignment_cpu(
+        cost.data_ptr(),
+        cost.dtype == torch.float64,
+        cost.shape,
+        cost.stride(),
+        num_targets,
+        method == "auction",
+        query_of_target.data_ptr(),
+        outcome.data_ptr(),
+        dual_gap.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return AssignmentReport(query_of_target, outcome, dual_gap)
+
+
+def report_on_cuda(cost: Tensor, num_targets: Sequence[int]) -> AssignmentReport:
+    dual_gap = cost.new_empty(cost.shape[0], dtype=torch.float64)
+    return AssignmentReport(*_on_cuda(widened(cost.detach()), list(num_targets), dual_gap), dual_gap)
 
 
 def _on_cpu(cost: Tensor, num_targets: Sequence[int]) -> Tensor:
@@ -35,18 +74,19 @@ def _on_cpu(cost: Tensor, num_targets: Sequence[int]) -> Tensor:
     )
     if unsolved is not None:
         problem, outcome = unsolved
-        if outcome == INVALID:
+        if outcome == AssignmentOutcome.INVALID:
             check_numbers(cost.detach()[problem, :, : num_targets[problem]], problem)
         raise ValueError(infeasible(problem))
     return query_of_target
 
 
-def _on_cuda(cost: Tensor, num_targets: list[int]) -> Tensor:
+def _on_cuda(cost: Tensor, num_targets: list[int], dual_gap: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Queries of targets [P, T] and outcomes [P]; fills ``dual_gap``, where it is given."""
     native = _native.module()
     query_of_target = cost.new_empty((cost.shape[0], cost.shape[2]), dtype=torch.int64)  # [P, T]
-    outcomes = cost.new_empty(cost.shape[0], dtype=torch.int32)
+    outcome = cost.new_empty(cost.shape[0], dtype=torch.int32)
     if cost.shape[0] == 0:
-        return query_of_target
+        return query_of_target, outcome
     is_double, sizes, strides = cost.dtype == torch.float64, tuple(cost.shape), cost.stride()
     device = cost.device.index
     workspace_bytes = native.assignment_cuda_workspace(is_double, sizes, strides, num_targets, device)
@@ -58,9 +98,10 @@ def _on_cuda(cost: Tensor, num_targets: list[int]) -> Tensor:
         strides,
         num_targets,
         query_of_target.data_ptr(),
-        outcomes.data_ptr(),
+        outcome.data_ptr(),
+        0 if dual_gap is None else dual_gap.data_ptr(),
         workspace.data_ptr(),
         device,
         torch.cuda.current_stream(device).cuda_stream,
     )
-    return query_of_target
+    return query_of_target, outcome
