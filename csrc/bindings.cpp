@@ -20,6 +20,7 @@
 #include "cpu/matching_cost.h"
 #include "cpu/set_loss.h"
 #include "cpu/widths.h"
+#include "quick_assignment.h"
 #if defined(DETR_FAST_WITH_CUDA)
 #include "cuda/assignment.h"
 #include "cuda/matching.h"
@@ -270,6 +271,13 @@ PYBIND11_MODULE(_C, m) {
     m.def("add_layer_norm_backward_cpu", &add_layer_norm_backward_cpu);
     m.def("assignment_cpu", &assignment_cpu);
     m.def("solve_assignment_cpu", &solve_assignment_cpu);
+    m.def("make_quick_assignment",
+          [](const py::object& tensor_type, const py::object& exchange_capsule, const py::object& get_num_threads) {
+              PyObject* made =
+                  detr_fast::make_quick_assignment(tensor_type.ptr(), exchange_capsule.ptr(), get_num_threads.ptr());
+              if (made == nullptr) throw py::error_already_set();
+              return py::reinterpret_steal<py::object>(made);
+          });
     py::class_<MatchingInputs>(m, "MatchingInputs")
         .def(py::init([](bool is_double, const std::array<int64_t, 4>& sizes, Addresses logits, Addresses boxes,
                          Addresses extra, Pair logit_strides, Pair box_strides, uintptr_t labels,

@@ -174,13 +174,17 @@ template <typename Cost>
 void solve_batch(const Batch& batch, const Cost* cost, int64_t problems, int threads) {
     int64_t costs = 0;
     for (int64_t p = 0; p < problems; ++p) costs += batch.num_targets[p] * batch.queries;
-    const int64_t useful = std::max<int64_t>(1, costs / costs_worth_a_thread);
-    parallel_for(problems, static_cast<int>(std::min<int64_t>(threads, useful)),
+    parallel_for(problems, std::min(threads, detr_fast_assignment_cpu_threads(costs)),
                  [&](int64_t p) { solve_problem(batch, cost, p); });
 }
 
 }  // namespace
 }  // namespace detr_fast
+
+int detr_fast_assignment_cpu_threads(int64_t costs) {
+    constexpr int64_t most = std::numeric_limits<int>::max();
+    return static_cast<int>(std::min(most, 1 + costs / detr_fast::costs_worth_a_thread));
+}
 
 void detr_fast_assignment_cpu(const void* cost, bool is_double, const int64_t sizes[3], const int64_t strides[3],
                               const int64_t* num_targets, bool by_auction, int64_t* query_of_target, int32_t* outcome,

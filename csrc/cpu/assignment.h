@@ -16,6 +16,9 @@ void detr_fast_assignment_cpu(const void* cost, bool is_double, const int64_t si
                               const int64_t* num_targets, bool by_auction, int64_t* query_of_target, int32_t* outcome,
                               double* dual_gap, int threads);
 
+// How many threads are of use for that many costs in all problems together.
+int detr_fast_assignment_cpu_threads(int64_t costs);
+
 #if defined(__cplusplus)
 }
 #endif

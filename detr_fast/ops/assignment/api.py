@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from detr_fast.ops._dispatch import Implementation, Op, always_runs, goes_through_dispatcher
-from detr_fast.ops.assignment.native import assignment_native, report_native, why_no_auction, why_not
+from detr_fast.ops.assignment.native import (
+    assignment_native,
+    quick_assignment,
+    report_native,
+    why_no_auction,
+    why_not,
+)
 from detr_fast.ops.assignment.reference import assignment_reference, report_reference
 from detr_fast.ops.assignment.report import AssignmentReport, raise_unsolved
 
@@ -82,6 +88,10 @@ def assignment(
 
     Not differentiable. On CUDA it does not wait for the device; the counts are part of a captured graph.
     """
+    if backend is None and method == "shortest_path" and not torch.compiler.is_compiling():
+        query_of_target = quick_assignment(cost, num_targets)
+        if query_of_target is not None:
+            return query_of_target
     _check(cost, num_targets, method)
     if goes_through_dispatcher(cost):
         return torch.ops.detr_fast.assignment(cost, num_targets, method, backend)
