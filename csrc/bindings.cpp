@@ -18,6 +18,7 @@
 #include "cpu/mask_loss.h"
 #include "cpu/matching.h"
 #include "cpu/matching_cost.h"
+#include "cpu/relu_dropout.h"
 #include "cpu/set_loss.h"
 #include "cpu/widths.h"
 #include "quick_assignment.h"
@@ -161,6 +162,21 @@ void add_layer_norm_backward_cpu(const AddLayerNormInputs& in, const Rows& grad_
     detr_fast_add_layer_norm_backward_cpu(&in.inputs, &gradients, threads);
 }
 
+void relu_dropout_cpu(const Pair& sizes, const Rows& x, uintptr_t seed, int64_t threshold, double scale, uintptr_t y,
+                      int threads) {
+    const py::gil_scoped_release release;
+    const detr_fast_relu_dropout in{sizes[0], sizes[1], rows_of(x), at<const int64_t>(seed), threshold, scale};
+    detr_fast_relu_dropout_cpu(&in, at<void>(y), threads);
+}
+
+void relu_dropout_backward_cpu(const Pair& sizes, const Rows& grad_y, const Rows& y, double scale, uintptr_t grad_x,
+                               int threads) {
+    const py::gil_scoped_release release;
+    const detr_fast_relu_dropout in{sizes[0], sizes[1], rows_of(grad_y), nullptr, 0, scale};
+    const detr_fast_rows output = rows_of(y);
+    detr_fast_relu_dropout_backward_cpu(&in, &output, at<void>(grad_x), threads);
+}
+
 using FiveAddresses = std::array<uintptr_t, 5>;
 
 detr_fast_set_losses set_losses(const FiveAddresses& a) {
@@ -269,6 +285,8 @@ PYBIND11_MODULE(_C, m) {
         .def(py::init<const Pair&, const Rows&, const Rows&, uintptr_t, uintptr_t, int64_t, double, bool>());
     m.def("add_layer_norm_cpu", &add_layer_norm_cpu);
     m.def("add_layer_norm_backward_cpu", &add_layer_norm_backward_cpu);
+    m.def("relu_dropout_cpu", &relu_dropout_cpu);
+    m.def("relu_dropout_backward_cpu", &relu_dropout_backward_cpu);
     m.def("assignment_cpu", &assignment_cpu);
     m.def("solve_assignment_cpu", &solve_assignment_cpu);
     m.def("make_quick_assignment",

@@ -24,6 +24,7 @@ from detr_fast.ops.dropout import Dropout
 from detr_fast.ops.mask_loss import MaskLosses, mask_loss
 from detr_fast.ops.matching import Matching, matching
 from detr_fast.ops.matching_cost import CostWeights, MatchingCost, PackedTargets, matching_cost
+from detr_fast.ops.relu_dropout import relu_dropout
 from detr_fast.ops.set_loss import CrossEntropy, Focal, SetLosses, Varifocal, set_loss
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "matching_cost",
     "pairwise_giou",
     "pairwise_iou",
+    "relu_dropout",
     "set_loss",
     "solve_assignment",
     "xyxy_to_cxcywh",

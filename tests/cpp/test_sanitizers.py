@@ -19,6 +19,7 @@ PROGRAMS = {
     ],
     "mask_loss_test": ["csrc/cpu/mask_loss.cpp", "csrc/cpu/thread_pool.cpp", "csrc/cpu/widths.cpp"],
     "add_layer_norm_test": ["csrc/cpu/add_layer_norm.cpp", "csrc/cpu/thread_pool.cpp"],
+    "relu_dropout_test": ["csrc/cpu/relu_dropout.cpp", "csrc/cpu/thread_pool.cpp"],
 }
 SANITIZERS = {
     "address and undefined": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],

@@ -14,11 +14,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.random import philox_impl
 
 from detr_fast.ops._triton import on_device
 from detr_fast.ops.add_layer_norm.types import Gradients, Inputs, Normalized
-from detr_fast.ops.dropout import ROUNDS
+from detr_fast.ops.dropout_triton import drop, keep_tile
 
 # A row lies in the registers of a program: memory is read once. A thread holds ELEMENTS_PER_THREAD numbers of each
 # array, so that two loads of 16 bytes are under way in float32 and one in 16 bits.
@@ -35,39 +34,10 @@ BACKWARD_PROGRAMS = 264
 # Narrower rows than DETR's leave lanes idle: nobody's model is that narrow.
 FEWEST_COLUMNS = 256
 
-PHILOX_ROUNDS = tl.constexpr(ROUNDS)
-
-
-@triton.jit
-def keep_tile(seed, rows, BLOCK_D: tl.constexpr, THRESHOLD: tl.constexpr):
-    """What dropout keeps of rows: [rows, BLOCK_D] bool. The counters are those of detr_fast/ops/dropout.py."""
-    ROWS: tl.constexpr = rows.shape[0]
-    key = tl.load(seed).to(tl.uint64, bitcast=True)
-    call = tl.arange(0, BLOCK_D // 8).to(tl.uint32)[None, :]
-    row = rows.to(tl.uint32)[:, None]
-    none = row * 0 + call * 0
-    low, high = (key & 0xFFFFFFFF).to(tl.uint32), (key >> 32).to(tl.uint32)
-    w0, w1, w2, w3 = philox_impl(none + call, none + row, none, none, low, high, PHILOX_ROUNDS)
-    # Joined so that the words of a call are w0, w1, w2, w3 in the last dimensions; then a word of four calls is eight
-    # columns, of which a call has the low and the high half.
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(ROWS, BLOCK_D // 32, 4, 4)
-    words = tl.permute(words, (0, 1, 3, 2))
-    numbers = tl.join(words & 0xFFFF, words >> 16).reshape(ROWS, BLOCK_D)
-    return numbers >= THRESHOLD
-
 
 @triton.jit
 def load_tile(matrix, stride, r, c, inside):
     return tl.load(matrix + r.to(tl.int64)[:, None] * stride + c[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def drop(values, keep, SCALE: tl.constexpr):
-    """Dropout of a tile; ``keep`` is None where there is none."""
-    if keep is None:
-        return values
-    else:
-        return tl.where(keep, values * SCALE, 0.0)
 
 
 @triton.jit(do_not_specialize=["rows", "pos_rows"])
@@ -99,7 +69,7 @@ def add_layer_norm_fwd_kernel(
     r = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     c = tl.arange(0, BLOCK_D)
     inside = (r < rows)[:, None] & (c < columns)[None, :]
-    keep = None if seed is None else keep_tile(seed, r, BLOCK_D, THRESHOLD)
+    keep = None if seed is None else keep_tile(seed, r, 0, BLOCK_D, THRESHOLD)
     total = drop(load_tile(x, x_stride, r, c, inside).to(COMPUTE), keep, SCALE)
     total += load_tile(residual, residual_stride, r, c, inside).to(COMPUTE)
 
@@ -154,7 +124,7 @@ def add_layer_norm_bwd_kernel(
     for start in range(first, end, BLOCK_N):
         r = start + tl.arange(0, BLOCK_N)
         inside = (r < end)[:, None] & (c < columns)[None, :]
-        keep = None if seed is None else keep_tile(seed, r, BLOCK_D, THRESHOLD)
+        keep = None if seed is None else keep_tile(seed, r, 0, BLOCK_D, THRESHOLD)
         total = drop(load_tile(x, x_stride, r, c, inside).to(COMPUTE), keep, SCALE)
         total += load_tile(residual, residual_stride, r, c, inside).to(COMPUTE)
         row_mean = tl.load(mean + r, mask=r < end, other=0.0)
