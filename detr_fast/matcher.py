@@ -59,7 +59,6 @@ class HungarianMatcher(nn.Module):
         (queries,) = self.match_layers([outputs], targets).cpu()  # the original's return value lives on the host
         return [matched_pairs(row) for row in queries.split([len(target["labels"]) for target in targets])]
 
-    @torch.no_grad()
     def match_layers(
         self, layers: Sequence[dict[str, Any]], targets: Sequence[Target], *, validate: bool = True
     ) -> Tensor:
