@@ -8,26 +8,52 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from detr_fast.ops import _triton
 from detr_fast.ops._dispatch import Implementation, Op, always_runs, goes_through_dispatcher
 from detr_fast.ops.attention import sdpa
 from detr_fast.ops.attention.reference import attention_reference
 from detr_fast.ops.attention.types import AttentionInputs, TokenOffsets, check_attention_inputs
 from detr_fast.ops.dropout import Dropout
 
+Gradients = tuple[Tensor, Tensor, Tensor]
+# Of a head, that the Triton kernels take: their tiles hold whole heads.
+LARGEST_HEAD = 128
+
+
+def _run_triton(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    from detr_fast.ops.attention.triton_impl import attention_triton  # on demand: it imports Triton
+
+    return attention_triton(inputs)
+
+
+def _triton_gradients(*arguments: Any) -> Gradients:
+    from detr_fast.ops.attention.triton_impl import attention_triton_backward  # on demand: it imports Triton
+
+    return attention_triton_backward(*arguments)
+
+
+def _why_not_triton(query: Tensor, seed: Tensor | None = None) -> str | None:
+    if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the kernels take float32, bfloat16 and float16, got {query.dtype}"
+    if query.shape[2] > LARGEST_HEAD:
+        return f"the kernels take heads of up to {LARGEST_HEAD}, got {query.shape[2]}"
+    return _triton.why_not(query.device)
+
+
 # An implementation that is not in GRADIENTS returns the output, and torch differentiates it. One that is returns the
 # output and what its backward wants besides, [H, Nq] (see ``statistics_like``): the logarithms of the softmax's sums.
 OP = Op(
     name="attention",
     implementations=(
+        Implementation("triton", _run_triton, _why_not_triton),
         Implementation("sdpa", sdpa.attention_sdpa, sdpa.why_not),
         Implementation("reference", attention_reference, always_runs),
     ),
     example=lambda device: (torch.empty(1, 1, 32, device=device),),
 )
 
-Gradients = tuple[Tensor, Tensor, Tensor]
 # (inputs, gradient of the output, output, statistics) to the gradients of query, key and value.
-GRADIENTS: dict[str, Callable[[AttentionInputs, Tensor, Tensor, Tensor], Gradients]] = {}
+GRADIENTS: dict[str, Callable[[AttentionInputs, Tensor, Tensor, Tensor], Gradients]] = {"triton": _triton_gradients}
 
 
 def attention(
