@@ -15,6 +15,7 @@
 
 #include "cpu/add_layer_norm.h"
 #include "cpu/assignment.h"
+#include "cpu/mask_argmax.h"
 #include "cpu/mask_loss.h"
 #include "cpu/matching.h"
 #include "cpu/matching_cost.h"
@@ -206,6 +207,19 @@ void set_loss_backward_cpu(bool is_double, const Pair& elements, int64_t layers,
                                     at<void>(logit_gradient), at<void>(box_gradient), threads);
 }
 
+using Places = std::tuple<int64_t, uintptr_t, uintptr_t>;  // count, first, share
+
+void mask_argmax_cpu(uintptr_t masks, const Triple& sizes, const Places& rows, const Places& columns, uintptr_t index,
+                     int threads) {
+    const py::gil_scoped_release release;
+    const auto places = [](const Places& p) {
+        return detr_fast_places{std::get<0>(p), at<const int32_t>(std::get<1>(p)), at<const float>(std::get<2>(p))};
+    };
+    const auto of_rows = places(rows);
+    const auto of_columns = places(columns);
+    detr_fast_mask_argmax_cpu(at<const float>(masks), sizes.data(), &of_rows, &of_columns, at<int64_t>(index), threads);
+}
+
 using Image = std::array<int64_t, 4>;  // address, count, height and width of an image's masks
 
 void mask_loss_cpu(uintptr_t logits, const Triple& sizes, const Pair& frame, const std::vector<Image>& images,
@@ -304,6 +318,7 @@ PYBIND11_MODULE(_C, m) {
                 is_double,   sizes,  std::move(logits), std::move(boxes),       std::move(extra), logit_strides,
                 box_strides, labels, target_boxes,      std::move(num_targets), weights,          focal};
         }));
+    m.def("mask_argmax_cpu", &mask_argmax_cpu);
     m.def("mask_loss_cpu", &mask_loss_cpu);
     m.def("matching_cost_cpu", &matching_cost_cpu);
     m.def("matching_cpu", &matching_cpu);

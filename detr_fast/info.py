@@ -15,13 +15,25 @@ from detr_fast.ops.add_layer_norm.api import OP as ADD_LAYER_NORM
 from detr_fast.ops.assignment.api import AUCTION
 from detr_fast.ops.assignment.api import OP as ASSIGNMENT
 from detr_fast.ops.attention.api import OP as ATTENTION
+from detr_fast.ops.mask_argmax.api import OP as MASK_ARGMAX
 from detr_fast.ops.mask_loss.api import OP as MASK_LOSS
 from detr_fast.ops.matching.api import OP as MATCHING
 from detr_fast.ops.matching_cost.api import OP as MATCHING_COST
 from detr_fast.ops.relu_dropout.api import OP as RELU_DROPOUT
 from detr_fast.ops.set_loss.api import OP as SET_LOSS
 
-OPS = (ATTENTION, ADD_LAYER_NORM, RELU_DROPOUT, MATCHING_COST, ASSIGNMENT, AUCTION, MATCHING, SET_LOSS, MASK_LOSS)
+OPS = (
+    ATTENTION,
+    ADD_LAYER_NORM,
+    RELU_DROPOUT,
+    MATCHING_COST,
+    ASSIGNMENT,
+    AUCTION,
+    MATCHING,
+    SET_LOSS,
+    MASK_LOSS,
+    MASK_ARGMAX,
+)
 
 PACKAGES = ("detr_fast", "torch", "numpy", "scipy", "triton", "torchvision", "pillow", "hotcoco", "safetensors")
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from detr_fast.ops import Places, mask_argmax
 
 Sizes = Sequence[Sequence[int] | Tensor] | Tensor
 # Masks at the image's size in memory at a time.
@@ -68,8 +70,8 @@ class PostProcessSegm(nn.Module):
         bound = math.log(self.threshold / (1 - self.threshold))  # of a logit, whose sigmoid need not be computed
         with_masks = []
         for result, masks, inside, size in zip(results, pred_masks, batch_sizes, sizes, strict=True):
-            sampled = _Sampled(masks.shape[-2:], frame, *(_nearest(a, b) for a, b in zip(inside, size, strict=True)))
-            binary = [sampled.of(part) > bound for part in masks.split(CHUNK)]
+            rows, columns = _places(_nearest, masks.shape[-2:], frame, inside, size)
+            binary = [columns.interpolate(rows.interpolate(part, 1), 2) > bound for part in masks.float().split(CHUNK)]
             with_masks.append({**result, "masks": torch.cat(binary)[:, None].to(torch.uint8)})
         return with_masks
 
@@ -170,21 +172,17 @@ class PostProcessPanoptic(nn.Module):
         counts = keep.sum(1).tolist()
         found = []
         for part, inside, size in zip(masks.split(counts), batch_sizes, sizes, strict=True):
-            sampled = _Sampled(
-                masks.shape[-2:], frame or inside, *(_pillows(a, b) for a, b in zip(inside, size, strict=True))
-            )
-            found.append(self._assign(sampled.of(part), classes[: len(part)]))
+            places = _places(_pillows, masks.shape[-2:], frame or inside, inside, size)
+            found.append(self._assign(part, places, classes[: len(part)]))
             classes = classes[len(part) :]
         return found
 
-    def _assign(self, values: Tensor, classes: list[int]) -> Segments:
-        """[K, height, width] logits of K queries and their classes, to segments. It waits for the device."""
+    def _assign(self, masks: Tensor, places: tuple[Places, Places], classes: list[int]) -> Segments:
+        """[K, h, w] logits of K queries and their classes, to segments. It waits for the device."""
         self._check(classes)
         joined = [classes.index(c) if not self.is_thing_map[c] else k for k, c in enumerate(classes)]
-        if not classes:
-            return Segments(values.new_zeros(values.shape[1:], dtype=torch.int64), [])
         while classes:
-            ids = values.argmax(0)
+            ids = mask_argmax(masks, *places)
             if joined:
                 ids = torch.tensor(joined, device=ids.device)[ids]
             counts = torch.zeros(len(classes), dtype=torch.int64, device=ids.device)
@@ -193,8 +191,9 @@ class PostProcessPanoptic(nn.Module):
             if len(large) == len(classes):
                 return Segments(ids, self._infos(classes, areas))
             # Queries of the same stuff have no pixels of their own any more: the first of them speaks for all.
-            values, classes, joined = values[large], [classes[k] for k in large], []
-        return Segments(torch.zeros_like(ids), [])
+            masks, classes, joined = masks[large], [classes[k] for k in large], []
+        size = tuple(len(along.first) for along in places)
+        return Segments(masks.new_zeros(size, dtype=torch.int64), [])
 
     def _infos(self, classes: list[int], areas: list[int]) -> list[dict[str, Any]]:
         return [
@@ -208,35 +207,16 @@ class PostProcessPanoptic(nn.Module):
             raise ValueError(f"is_thing_map must hold every class that is found, it lacks {unknown}")
 
 
-class _Sampled:
-    """Masks upsampled to a frame (bilinear, corners not aligned), at some of its rows and columns.
-
-    Args:
-        size: (h, w) of the masks.
-        frame: (height, width) of what they are upsampled to.
-        rows, columns: which of it.
-    """
-
-    def __init__(self, size: Sequence[int], frame: Sequence[int], rows: np.ndarray, columns: np.ndarray) -> None:
-        self.rows, self.columns = _taps(rows, size[0], frame[0]), _taps(columns, size[1], frame[1])
-
-    def of(self, masks: Tensor) -> Tensor:
-        """[K, h, w] to [K, rows, columns]."""
-        masks = masks.to(torch.promote_types(masks.dtype, torch.float32))
-        for dim, (first, second, share) in ((1, self.rows), (2, self.columns)):
-            a, b = (torch.from_numpy(index).to(masks.device) for index in (first, second))
-            weight = torch.from_numpy(share).to(masks)
-            masks = torch.lerp(
-                masks.index_select(dim, a), masks.index_select(dim, b), weight[:, None] if dim == 1 else weight
-            )
-        return masks
-
-
-def _taps(places: np.ndarray, size: int, frame: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The two neighbours of each place of the frame, and the second one's share."""
-    source = np.maximum((places + 0.5) * (size / frame) - 0.5, 0)
-    first = np.minimum(source.astype(np.int64), size - 1)
-    return first, np.minimum(first + 1, size - 1), source - first
+def _places(
+    chosen: Callable[[int, int], np.ndarray],
+    size: Sequence[int],
+    frame: Sequence[int],
+    before: Sequence[int],
+    after: Sequence[int],
+) -> tuple[Places, Places]:
+    """Rows and columns of masks of ``size``, upsampled to ``frame``, cut to ``before``, and resized to ``after``."""
+    rows, columns = (Places.of(chosen(before[i], after[i]), size[i], frame[i]) for i in (0, 1))
+    return rows, columns
 
 
 def _nearest(before: int, after: int) -> np.ndarray:

@@ -21,6 +21,7 @@ from detr_fast.ops.boxes import (
     xyxy_to_cxcywh,
 )
 from detr_fast.ops.dropout import Dropout
+from detr_fast.ops.mask_argmax import Places, mask_argmax
 from detr_fast.ops.mask_loss import MaskLosses, mask_loss
 from detr_fast.ops.matching import Matching, matching
 from detr_fast.ops.matching_cost import CostWeights, MatchingCost, PackedTargets, matching_cost
@@ -38,6 +39,7 @@ __all__ = [
     "Matching",
     "MatchingCost",
     "PackedTargets",
+    "Places",
     "SetLosses",
     "TokenOffsets",
     "Varifocal",
@@ -49,6 +51,7 @@ __all__ = [
     "cxcywh_to_xyxy",
     "elementwise_giou",
     "elementwise_iou",
+    "mask_argmax",
     "mask_loss",
     "matching",
     "matching_cost",
