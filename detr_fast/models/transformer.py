@@ -12,16 +12,16 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from detr_fast.data.batch import Size
 from detr_fast.models.attention import MultiHeadAttention, project_memory
+from detr_fast.models.feed_forward import feed_forward
 from detr_fast.models.tokens import TokenLayout
 from detr_fast.ops import Dropout, add_layer_norm
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
+ACTIVATIONS = ("relu", "gelu")
 
 
 class Memory(NamedTuple):
@@ -287,7 +287,8 @@ def _residual_norm(
 
 
 def _feed_forward(layer: TransformerEncoderLayer | TransformerDecoderLayer, x: Tensor) -> Tensor:
-    return layer.linear2(layer.dropout(layer.activation(layer.linear1(x))))
+    p = layer.dropout.p if layer.dropout.training else 0.0
+    return feed_forward(x, layer.linear1, layer.linear2, layer.activation, p)
 
 
 def _checkpoints(part: TransformerEncoder | TransformerDecoder) -> bool:
@@ -298,7 +299,7 @@ def _checkpointed(run: Callable[..., tuple[Tensor, Tensor]], x: Tensor, x_pos: T
     return checkpoint(run, x, x_pos, use_reentrant=False)
 
 
-def _activation(name: str) -> Callable[[Tensor], Tensor]:
+def _activation(name: str) -> str:
     if name not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
-    return ACTIVATIONS[name]
+    return name
