@@ -82,6 +82,18 @@ def test_sine_positions_follow_the_formula() -> None:
         assert found == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+def test_sine_positions_are_the_same_however_the_padding_is_known(normalize: bool) -> None:
+    encoding = PositionEmbeddingSine(8, normalize=normalize)
+    batch = ImageBatch.of([torch.zeros(1, 4, 6), torch.zeros(1, 7, 2)])
+    known, found = encoding(batch), encoding(ImageBatch(batch.images, batch.mask))
+    assert batch.sizes is not None and known.shape == found.shape == (2, 16, 7, 6)
+    assert torch.equal(known[0, :, :4, :6], found[0, :, :4, :6])
+    assert torch.equal(known[1, :, :, :2], found[1, :, :, :2])
+    full = torch.zeros(1, 1, 5, 3)
+    assert torch.equal(encoding(ImageBatch.of(full)), encoding(ImageBatch(full, torch.zeros(1, 5, 3) > 0)))
+
+
 def test_sine_positions_need_normalize_for_a_scale() -> None:
     with pytest.raises(ValueError, match="scale needs normalize=True"):
         PositionEmbeddingSine(8, scale=1.0)

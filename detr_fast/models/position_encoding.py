@@ -38,14 +38,21 @@ class PositionEmbeddingSine(nn.Module):
         self.scale = 2 * math.pi if scale is None else scale
 
     def forward(self, features: ImageBatch) -> Tensor:
-        """The encoding [B, 2 * num_pos_feats, h, w] (first half rows, second half columns), in float32."""
-        valid = ~features.mask  # [B, h, w]
-        y = valid.cumsum(1, dtype=torch.float32)
-        x = valid.cumsum(2, dtype=torch.float32)
+        """The encoding [B, 2 * num_pos_feats, h, w] (first half rows, second half columns), in float32.
+
+        What it is in the padding is not specified.
+        """
+        rows = columns = ~features.mask  # [B, h, w]
+        if features.sizes is not None or features.padded is False:
+            # A rectangle's rows are counted in its first column: as many fewer sines as there are columns.
+            rows, columns = rows[:, :, :1], columns[:, :1, :]
+        y = rows.cumsum(1, dtype=torch.float32)
+        x = columns.cumsum(2, dtype=torch.float32)
         if self.normalize:
             y = y / (y[:, -1:, :] + 1e-6) * self.scale
             x = x / (x[:, :, -1:] + 1e-6) * self.scale
-        return torch.cat((self._waves(y), self._waves(x)), dim=3).permute(0, 3, 1, 2)
+        shape = (*features.mask.shape, self.num_pos_feats)
+        return torch.cat((self._waves(y).expand(shape), self._waves(x).expand(shape)), dim=3).permute(0, 3, 1, 2)
 
     def _waves(self, position: Tensor) -> Tensor:
         channel = torch.arange(self.num_pos_feats, dtype=torch.float32, device=position.device)
