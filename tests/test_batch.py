@@ -49,3 +49,17 @@ def test_refuses_what_is_not_a_batch(samples, error, message) -> None:
 def test_refuses_a_mask_of_another_shape() -> None:
     with pytest.raises(ValueError, match=r"mask must be bool \[2, 4, 5\], got torch.bool \[2, 5, 4\]"):
         ImageBatch(torch.zeros(2, 3, 4, 5), torch.zeros(2, 5, 4, dtype=torch.bool))
+
+
+def test_the_host_knows_the_sizes() -> None:
+    batch = ImageBatch.of([torch.zeros(3, 4, 6), torch.zeros(3, 5, 2)])
+    assert batch.sizes == ((4, 6), (5, 2)) and batch.padded
+    assert batch.to("cpu").sizes == batch.sizes and batch.to("cpu").padded
+    assert not ImageBatch.of([torch.zeros(3, 4, 6)] * 2).padded
+    assert ImageBatch.of(torch.zeros(2, 3, 4, 6)).padded is False
+    assert ImageBatch.of(torch.zeros(2, 3, 4, 6)).to("cpu").padded is False
+    unknown = ImageBatch(batch.images, batch.mask)
+    assert unknown.sizes is None and unknown.padded is None
+    for sizes in (((4, 6),), ((4, 6), (5, 7)), ((4, 6), (-1, 2))):
+        with pytest.raises(ValueError, match="sizes must be 2 sizes of at most 5 x 6, got"):
+            ImageBatch(batch.images, batch.mask, sizes)
