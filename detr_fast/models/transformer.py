@@ -215,8 +215,8 @@ class Transformer(nn.Module):
         activation: "relu" or "gelu".
         normalize_before: layer norm before each block (pre-norm), not after its residual (post-norm).
         return_intermediate_dec: return every decoder layer's output (auxiliary losses need them).
-        activation_checkpointing: in training keep only the layers' inputs, and compute the rest again in the backward
-            pass: less memory, a third more time.
+        activation_checkpointing: in training keep only the layers' inputs, and compute the layers again in the backward
+            pass: less memory, more time.
     """
 
     def __init__(
