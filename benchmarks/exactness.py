@@ -28,7 +28,7 @@ from detr_fast.ops import assignment
 
 BATCH = 32
 # One batch in this many has up to 2000 queries, and fewer problems; the others have at most 130.
-LARGE_BATCHES = 100
+LARGE_BATCHES = 25
 Solver = Callable[[Tensor, list[int]], Tensor]
 Kind = Callable[[int, int, torch.Generator], Tensor]
 

@@ -40,6 +40,34 @@ Outcome solve_by_columns(const CostMatrix<Cost>& cost, bool rows_are_targets, vo
 }
 
 #if defined(DETR_FAST_HAS_VECTORS)
+// Where the prices start: at zero (slot_lsap.h), or from the costs (priced_lsap.h).
+enum class Start { zero, row_means, cheapest_entries };
+
+// Zero is quickest where few rows compete for a column, or ties abound. Row means may be where all want the same.
+// Cheapest entries are in squares, in which each column is somebody's in the end: uniform costs of 100x100 take 34
+// microseconds for 66, 1000x1000 4.2 milliseconds for 9.5.
+template <typename Slots, typename Cost>
+DETR_FAST_INLINE Start quickest_start(Slots& slots, const CostMatrix<Cost>& cost) {
+    if (cost.rows < 8) return Start::zero;
+    const int64_t wanted = slots.columns_wanted();
+    const bool is_contested_square = cost.rows == cost.columns && 10 * wanted < 9 * int64_t{cost.rows};
+    if (2 * wanted >= cost.rows && !is_contested_square) return Start::zero;
+    if (slots.has_ties()) return Start::zero;
+    return 2 * wanted < cost.rows ? Start::row_means : Start::cheapest_entries;
+}
+
+// Where rows want the same columns, searches from zero begin with this many extensions of paths for each row.
+constexpr int64_t extensions_on_trial = 2;
+
+// Whether they led through more than a quarter of the rows matched so far. Nearly all, where a cost is a number of the
+// row plus a number of the column; a fifth where queries say nearly the same, whose 900x300 take 1.8 milliseconds from
+// zero and 6 from row means.
+template <typename Slots, typename Cost>
+DETR_FAST_INLINE bool searches_are_long(const Slots& slots, const CostMatrix<Cost>& cost) {
+    const int64_t matched = slots.rows_matched();
+    return matched * matched < 4 * 2 * extensions_on_trial * cost.rows;
+}
+
 template <int Bytes, typename Cost>
 Outcome solve_by_slots(const CostMatrix<Cost>& cost, bool rows_are_targets, void* memory, int64_t* query_of_target,
                        double* gap) {
@@ -47,12 +75,19 @@ Outcome solve_by_slots(const CostMatrix<Cost>& cost, bool rows_are_targets, void
     constexpr int64_t forever = std::numeric_limits<int64_t>::max();
     Slots slots(cost, memory);
     if (!slots.start()) return Outcome::invalid;
-    bool paused = false;
-    Outcome outcome = slots.match_rows(slots.rows_want_the_same() ? 2 * cost.rows : forever, paused);
+    const Start start = quickest_start(slots, cost);
+    bool paused = start == Start::cheapest_entries;
+    Outcome outcome = Outcome::solved;
+    if (!paused) {
+        outcome = slots.match_rows(start == Start::row_means ? extensions_on_trial * cost.rows : forever, paused);
+    }
+    if (paused && start == Start::row_means && !searches_are_long(slots, cost)) {
+        outcome = slots.match_rows(forever, paused);
+    }
     if (paused) {
         auto* after_slots = static_cast<unsigned char*>(memory) + Slots::bytes(cost.rows, cost.columns);
         PricedAssignment<Cost, Bytes> priced(cost, after_slots);
-        if (priced.solve()) {
+        if (priced.solve(start == Start::row_means)) {
             write_matching(priced.column_of_row(), cost, rows_are_targets, query_of_target);
             if (gap != nullptr) *gap = gap_of(cost, priced, priced.column_of_row());
             return Outcome::solved;

@@ -3,7 +3,8 @@
 // rows.
 //
 // It starts from prices that such a cost would have at the optimum: how much a column's cheapest entry lies below the
-// mean of its row, less that of the first column which is too dear. Columns not needed belong to a pool, which is one
+// mean of its row, less that of the first column which is too dear. For squares with other costs it starts from the
+// cheapest entries themselves. Columns not needed belong to a pool, which is one
 // more row that costs nothing and has room for all of them; so every column must have an owner in the end, and any
 // prices may be started from. Rows bid for columns (an auction without epsilon, as in R. Jonker and A. Volgenant, "A
 // shortest augmenting path algorithm for dense and sparse linear assignment problems", Computing 38, 1987); shortest
@@ -39,9 +40,10 @@ class PricedAssignment {
 
     PricedAssignment(const CostMatrix<Cost>& cost, void* memory) : PricedAssignment(cost, Layout::at(memory)) {}
 
+    // Whether rows are measured by their means: right where they want the same columns, wrong where they do not.
     // Returns whether it found the one best matching. No cost may be NaN.
-    DETR_FAST_INLINE bool solve() {
-        if (!set_prices()) return false;
+    DETR_FAST_INLINE bool solve(bool from_means) {
+        if (!set_prices(from_means)) return false;
         bid_for_columns();
         for (int32_t n = 0; n < num_free_rows_; ++n) {
             if (!augment(free_rows_[n])) return false;
@@ -108,7 +110,7 @@ class PricedAssignment {
     }
 
     // Returns whether all costs are finite.
-    DETR_FAST_INLINE bool set_prices() {
+    DETR_FAST_INLINE bool set_prices(bool from_means) {
         const int32_t columns = cost_.columns;
         double* __restrict__ price = column_price_;
         std::fill_n(price, columns, infinity);
@@ -123,7 +125,7 @@ class PricedAssignment {
             DETR_FAST_PRAGMA(omp simd reduction(+ : sum))
             for (int32_t j = 0; j < columns; ++j) sum += row[j];
             if (!(std::fabs(sum) < infinity)) return false;
-            const double mean = sum / columns;
+            const double mean = from_means ? sum / columns : 0.0;
             DETR_FAST_PRAGMA(omp simd)
             for (int32_t j = 0; j < columns; ++j) {
                 const double d = row[j] - mean;
@@ -326,12 +328,20 @@ class PricedAssignment {
             const Cost* __restrict__ row = costs(i);
             const double* __restrict__ price = column_price_;
             const double row_price = row_price_[i];
-            int64_t tight = 0;
-            DETR_FAST_PRAGMA(omp simd reduction(+ : tight))
+            int64_t tight = 0, sum = 0;
+            DETR_FAST_PRAGMA(omp simd reduction(+ : tight, sum))
             for (int32_t j = 0; j < cost_.columns; ++j) {
-                tight += row[j] - price[j] - row_price <= tie ? int64_t{1} : int64_t{0};
+                const bool is_tight = row[j] - price[j] - row_price <= tie;
+                tight += is_tight ? int64_t{1} : int64_t{0};
+                sum += is_tight ? int64_t{j} : int64_t{0};
             }
             if (tight == 1 && i != pool()) continue;
+            if (tight == 2 && i != pool() && edges < most_edges()) {  // as a bid leaves it
+                const auto other = static_cast<int32_t>(sum - column_of_row_[i]);
+                if (row[other] - price[other] - row_price < -rounding) return false;
+                edge_[edges++] = owner_[other];
+                continue;
+            }
             if (edges + tight > most_edges()) return false;
             for (int32_t j = 0; j < cost_.columns; ++j) {
                 const double slack = row[j] - price[j] - row_price;

@@ -69,10 +69,10 @@ class SlotAssignment {
         return Outcome::solved;
     }
 
-    // Whether the rows' cheapest columns are less than half as many as the rows (uniform costs: 63 % or more), and not
-    // because of ties.
-    DETR_FAST_INLINE bool rows_want_the_same() {
-        if (cost_.rows < 8) return false;
+    int32_t rows_matched() const { return next_row_; }
+
+    // How many columns are the cheapest of a row: of uniform costs 63 % of the rows or more.
+    DETR_FAST_INLINE int32_t columns_wanted() {
         std::fill_n(scan_.slot_of_column, cost_.columns, 0);
         int32_t wanted = 0;
         for (int32_t i = 0; i < cost_.rows; ++i) {
@@ -80,7 +80,18 @@ class SlotAssignment {
             scan_.slot_of_column[nearest_column_[i]] = 1;
             ++wanted;
         }
-        return 2 * wanted < cost_.rows && !has_ties();
+        return wanted;
+    }
+
+    // Whether most of the first rows, of which there are eight at least, have several cheapest columns.
+    DETR_FAST_INLINE bool has_ties() const {
+        constexpr int32_t looked_at = 8;
+        int32_t tied = 0;
+        for (int32_t i = 0; i < looked_at; ++i) {
+            const Cost* row = cost_.row(i);
+            tied += std::count(row, row + cost_.columns, nearest_cost_[i]) > 1;
+        }
+        return 2 * tied > looked_at;
     }
 
     // Once solved.
@@ -173,17 +184,6 @@ class SlotAssignment {
     DETR_FAST_INLINE void match(int32_t i, int32_t slot) {
         row_of_slot_[slot] = i;
         slot_of_row_[i] = slot;
-    }
-
-    // Whether most of the first rows have several cheapest columns.
-    DETR_FAST_INLINE bool has_ties() const {
-        constexpr int32_t looked_at = 8;
-        int32_t tied = 0;
-        for (int32_t i = 0; i < looked_at; ++i) {
-            const Cost* row = cost_.row(i);
-            tied += std::count(row, row + cost_.columns, nearest_cost_[i]) > 1;
-        }
-        return 2 * tied > looked_at;
     }
 
     // Filled up with zeros to whole vectors; prices of -inf keep a search from what has no column.
