@@ -30,6 +30,8 @@
 
 namespace py = pybind11;
 
+void bind_attention(py::module_& m);  // bindings_attention.cpp
+
 namespace {
 
 using Triple = std::array<int64_t, 3>;
@@ -310,6 +312,7 @@ PYBIND11_MODULE(_C, m) {
               if (made == nullptr) throw py::error_already_set();
               return py::reinterpret_steal<py::object>(made);
           });
+    bind_attention(m);
     py::class_<MatchingInputs>(m, "MatchingInputs")
         .def(py::init([](bool is_double, const std::array<int64_t, 4>& sizes, Addresses logits, Addresses boxes,
                          Addresses extra, Pair logit_strides, Pair box_strides, uintptr_t labels,

@@ -11,6 +11,8 @@ from torch import Tensor
 from detr_fast.ops import _triton
 from detr_fast.ops._dispatch import Implementation, Op, always_runs, goes_through_dispatcher
 from detr_fast.ops.attention import sdpa
+from detr_fast.ops.attention.native import attention_native, attention_native_backward
+from detr_fast.ops.attention.native import why_not as native_why_not
 from detr_fast.ops.attention.reference import attention_reference
 from detr_fast.ops.attention.types import AttentionInputs, TokenOffsets, check_attention_inputs
 from detr_fast.ops.dropout import Dropout
@@ -45,6 +47,7 @@ def _why_not_triton(query: Tensor, seed: Tensor | None = None) -> str | None:
 OP = Op(
     name="attention",
     implementations=(
+        Implementation("native", attention_native, native_why_not),
         Implementation("triton", _run_triton, _why_not_triton),
         Implementation("sdpa", sdpa.attention_sdpa, sdpa.why_not),
         Implementation("reference", attention_reference, always_runs),
@@ -53,7 +56,10 @@ OP = Op(
 )
 
 # (inputs, gradient of the output, output, statistics) to the gradients of query, key and value.
-GRADIENTS: dict[str, Callable[[AttentionInputs, Tensor, Tensor, Tensor], Gradients]] = {"triton": _triton_gradients}
+GRADIENTS: dict[str, Callable[[AttentionInputs, Tensor, Tensor, Tensor], Gradients]] = {
+    "native": attention_native_backward,
+    "triton": _triton_gradients,
+}
 
 
 def attention(
