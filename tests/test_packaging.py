@@ -97,10 +97,12 @@ from detr_fast.ops import CostWeights, PackedTargets, TokenOffsets, assignment, 
 
 logits, boxes = torch.tensor([[[[0.0, 9.0], [9.0, 0.0], [0.0, 9.0]]]]), torch.full((1, 1, 3, 4), 0.5)  # [L, B, Q, ...]
 targets = PackedTargets(torch.tensor([0]), torch.full((1, 4), 0.5), [1])
+costs = torch.tensor([[[2.0, 1.0], [1.0, 3.0], [5.0, 5.0]]])
 tokens, offsets = torch.ones(3, 1, 16), TokenOffsets.of([1, 2], "cpu")
 runs = {
     "attention": lambda: bool((attention(tokens, tokens, tokens, offsets, offsets) == 1).all()),
-    "assignment": lambda: assignment(torch.tensor([[[2.0, 1.0], [1.0, 3.0], [5.0, 5.0]]]), [2]).tolist() == [[1, 0]],
+    "assignment": lambda: assignment(costs, [2]).tolist() == [[1, 0]],
+    "auction": lambda: assignment(costs, [2], method="auction").tolist() == [[1, 0]],
     "matching": lambda: matching(logits, boxes, targets).query_of_target.tolist() == [[1]],
     "matching_cost": lambda: matching_cost(logits, boxes, targets).cost.argmin().item() == 1,
 }
