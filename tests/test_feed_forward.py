@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from detr_fast.models.feed_forward import ACTIVATIONS, feed_forward
+from detr_fast.models.feed_forward import ACTIVATIONS, feed_forward, linear_layers
 from detr_fast.ops.dropout import Dropout, keep_mask
 
 
 def layers(activation: str) -> tuple[nn.Linear, nn.Linear]:
-    return nn.Linear(16, 64), nn.Linear(32 if activation == "glu" else 64, 16)
+    return linear_layers(16, 64, activation)
 
 
 @pytest.mark.parametrize("shape", [(7, 16), (3, 5, 16), (0, 16)])
@@ -21,7 +21,7 @@ def test_is_its_layers_one_by_one(activation: str, shape: tuple[int, ...]) -> No
     linear1, linear2 = layers(activation)
     x = torch.randn(shape, requires_grad=True)
     expected = linear2(ACTIVATIONS[activation](linear1(x)))
-    found = feed_forward(x, linear1, linear2, activation)
+    found = feed_forward(x, linear1, linear2, ACTIVATIONS[activation])
     torch.testing.assert_close(found, expected)
     inputs, grad = (x, *linear1.parameters(), *linear2.parameters()), torch.randn_like(expected)
     for a, b in zip(*(torch.autograd.grad(y, inputs, grad) for y in (found, expected)), strict=True):
@@ -34,7 +34,7 @@ def test_drops_between_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Dropout, "draw", lambda p, device: dropout._replace(p=p))
     x = torch.randn(3, 5, 16, requires_grad=True)
     hidden = F.relu(linear1(x)) * keep_mask(dropout, 15, 64).view(3, 5, 64) * dropout.scale
-    expected, found = linear2(hidden), feed_forward(x, linear1, linear2, "relu", 0.4)
+    expected, found = linear2(hidden), feed_forward(x, linear1, linear2, F.relu, 0.4)
     torch.testing.assert_close(found, expected)
     inputs, grad = (x, *linear1.parameters(), *linear2.parameters()), torch.randn_like(expected)
     for a, b in zip(*(torch.autograd.grad(y, inputs, grad) for y in (found, expected)), strict=True):
@@ -47,8 +47,8 @@ def test_dropout_keeps_the_mean(activation: str) -> None:
     x = torch.randn(1, 16).expand(4000, 16)
     with torch.no_grad():
         found, expected = (
-            feed_forward(x, linear1, linear2, activation, 0.5),
-            feed_forward(x, linear1, linear2, activation),
+            feed_forward(x, linear1, linear2, ACTIVATIONS[activation], 0.5),
+            feed_forward(x, linear1, linear2, ACTIVATIONS[activation]),
         )
     assert not torch.equal(found[0], found[1])
     deviation = found.std(0) / len(x) ** 0.5
@@ -60,5 +60,5 @@ def test_under_autocast(activation: str) -> None:
     linear1, linear2 = layers(activation)
     x = torch.randn(3, 5, 16)
     with torch.autocast("cpu", torch.bfloat16):
-        found = feed_forward(x, linear1, linear2, activation, 0.1)
+        found = feed_forward(x, linear1, linear2, ACTIVATIONS[activation], 0.1)
         assert found.dtype == torch.bfloat16 and found.shape == x.shape

@@ -10,18 +10,33 @@ from torch import Tensor, nn
 from detr_fast.ops import relu_dropout
 from detr_fast.ops.dropout import Dropout
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "glu": F.glu}
+Activation = Callable[[Tensor], Tensor]
+ACTIVATIONS: dict[str, Activation] = {"relu": F.relu, "gelu": F.gelu, "glu": F.glu}
 
 
-def feed_forward(x: Tensor, linear1: nn.Linear, linear2: nn.Linear, activation: str, dropout: float = 0.0) -> Tensor:
+def activation_of(name: str) -> Activation:
+    """The function of a name in ACTIVATIONS."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
+    return ACTIVATIONS[name]
+
+
+def linear_layers(d_model: int, dim_feedforward: int, activation: str) -> tuple[nn.Linear, nn.Linear]:
+    """The layers before and after an activation; "glu" gates one half of the first one's result with the other."""
+    inner = dim_feedforward // 2 if activation == "glu" else dim_feedforward
+    return nn.Linear(d_model, dim_feedforward), nn.Linear(inner, d_model)
+
+
+def feed_forward(
+    x: Tensor, linear1: nn.Linear, linear2: nn.Linear, activation: Activation, dropout: float = 0.0
+) -> Tensor:
     """``linear2(dropout(activation(linear1(x))))``.
 
     Args:
         x: [..., D].
-        linear1: from D to F. linear2: from F to D (from F / 2 where the activation is "glu", which gates one half of
-            its input with the other).
-        activation: a name in ACTIVATIONS.
-        dropout: probability of dropping a number between the layers; 0 outside of training. With "relu" the mask is
+        linear1, linear2: see ``linear_layers``.
+        activation: of linear1's result.
+        dropout: probability of dropping a number between the layers; 0 outside of training. With ReLU the mask is
             ``detr_fast.ops.dropout``'s of a fresh seed, and is not stored.
 
     Returns:
@@ -31,9 +46,9 @@ def feed_forward(x: Tensor, linear1: nn.Linear, linear2: nn.Linear, activation: 
     # taken anew for the activation costs a CPU a tenth of the network's time. oneDNN's fused epilogue gains no more
     # than this, and packed weights 4 to 7 percent, for which a second copy of them would have to be kept.
     hidden = linear1(x.flatten(0, -2))
-    if activation == "relu":
+    if activation is F.relu:
         drawn = Dropout.draw(dropout, x.device) if dropout > 0 else None
         hidden = relu_dropout(hidden, drawn, overwrite=True)
     else:
-        hidden = F.dropout(ACTIVATIONS[activation](hidden), dropout, dropout > 0)
+        hidden = F.dropout(activation(hidden), dropout, dropout > 0)
     return linear2(hidden).view(*x.shape[:-1], linear2.out_features)

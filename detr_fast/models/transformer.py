@@ -17,11 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from detr_fast.data.batch import Size
 from detr_fast.models.attention import MultiHeadAttention, project_memory
-from detr_fast.models.feed_forward import feed_forward
+from detr_fast.models.feed_forward import activation_of, feed_forward, linear_layers
 from detr_fast.models.tokens import TokenLayout
 from detr_fast.ops import Dropout, add_layer_norm
-
-ACTIVATIONS = ("relu", "gelu")
 
 
 class Memory(NamedTuple):
@@ -46,14 +44,13 @@ class TransformerEncoderLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.self_attn = MultiHeadAttention(d_model, nhead, dropout)
-        self.linear1 = nn.Linear(d_model, dim_feedforward)
+        self.linear1, self.linear2 = linear_layers(d_model, dim_feedforward, activation)
         self.dropout = nn.Dropout(dropout)
-        self.linear2 = nn.Linear(dim_feedforward, d_model)
         self.norm1 = nn.LayerNorm(d_model)
         self.norm2 = nn.LayerNorm(d_model)
         self.dropout1 = nn.Dropout(dropout)
         self.dropout2 = nn.Dropout(dropout)
-        self.activation = _activation(activation)
+        self.activation = activation_of(activation)
         self.normalize_before = normalize_before
 
     def forward(self, x: Tensor, x_pos: Tensor, *, pos: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
@@ -85,16 +82,15 @@ class TransformerDecoderLayer(nn.Module):
         super().__init__()
         self.self_attn = MultiHeadAttention(d_model, nhead, dropout)
         self.multihead_attn = MultiHeadAttention(d_model, nhead, dropout)
-        self.linear1 = nn.Linear(d_model, dim_feedforward)
+        self.linear1, self.linear2 = linear_layers(d_model, dim_feedforward, activation)
         self.dropout = nn.Dropout(dropout)
-        self.linear2 = nn.Linear(dim_feedforward, d_model)
         self.norm1 = nn.LayerNorm(d_model)
         self.norm2 = nn.LayerNorm(d_model)
         self.norm3 = nn.LayerNorm(d_model)
         self.dropout1 = nn.Dropout(dropout)
         self.dropout2 = nn.Dropout(dropout)
         self.dropout3 = nn.Dropout(dropout)
-        self.activation = _activation(activation)
+        self.activation = activation_of(activation)
         self.normalize_before = normalize_before
 
     def forward(
@@ -212,7 +208,7 @@ class Transformer(nn.Module):
         num_encoder_layers, num_decoder_layers: layers of each.
         dim_feedforward: inner width of the feed-forward networks.
         dropout: after every attention and feed-forward network, on attention weights, and inside the latter.
-        activation: "relu" or "gelu".
+        activation: "relu", "gelu" or "glu".
         normalize_before: layer norm before each block (pre-norm), not after its residual (post-norm).
         return_intermediate_dec: return every decoder layer's output (auxiliary losses need them).
         activation_checkpointing: in training keep only the layers' inputs, and compute the layers again in the backward
@@ -287,8 +283,8 @@ def _residual_norm(
 
 
 def _feed_forward(layer: TransformerEncoderLayer | TransformerDecoderLayer, x: Tensor) -> Tensor:
-    p = layer.dropout.p if layer.dropout.training else 0.0
-    return feed_forward(x, layer.linear1, layer.linear2, layer.activation, p)
+    dropout = layer.dropout.p if layer.dropout.training else 0.0
+    return feed_forward(x, layer.linear1, layer.linear2, layer.activation, dropout)
 
 
 def _checkpoints(part: TransformerEncoder | TransformerDecoder) -> bool:
@@ -297,9 +293,3 @@ def _checkpoints(part: TransformerEncoder | TransformerDecoder) -> bool:
 
 def _checkpointed(run: Callable[..., tuple[Tensor, Tensor]], x: Tensor, x_pos: Tensor) -> tuple[Tensor, Tensor]:
     return checkpoint(run, x, x_pos, use_reentrant=False)
-
-
-def _activation(name: str) -> str:
-    if name not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
-    return name
