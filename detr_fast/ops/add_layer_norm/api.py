@@ -97,9 +97,21 @@ def add_layer_norm(
     seed, p = (None, 0.0) if dropout is None else (dropout.seed, dropout.p)
     if goes_through_dispatcher(x):
         y, y_pos, *_ = torch.ops.detr_fast.add_layer_norm(x, residual, weight, bias, pos, seed, p, eps, backend)
-    else:
+    elif _needs_gradient(x, residual, weight, bias, pos):
         y, y_pos = _AddLayerNorm.apply(x, residual, weight, bias, pos, seed, p, eps, backend)
+    else:
+        y, y_pos = _as_x(x, _forward(x, residual, weight, bias, pos, seed, p, eps, backend))
     return y if pos is None else (y, y_pos)
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    # Without, a Function is left out, which takes as long as a hundred rows of DETR's on the CPU.
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _as_x(x: Tensor, normalized: Normalized) -> tuple[Tensor, Tensor | None]:
+    y, y_pos = normalized[:2]
+    return y.view(x.shape), None if y_pos is None else y_pos.view(x.shape)
 
 
 def _check(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, pos: Tensor | None) -> None:
@@ -113,13 +125,14 @@ def _check(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, pos: Tenso
             raise ValueError(f"{name} must be {expected}, got {vector.dtype} {list(vector.shape)}")
     if pos is not None and (pos.dim() == 0 or x.shape[x.dim() - pos.dim() :] != pos.shape):
         raise ValueError(f"pos must be the last dimensions of x {list(x.shape)}, got {list(pos.shape)}")
+    device = x.device
     for name, tensor in (("x", x), ("residual", residual), ("weight", weight), ("bias", bias), ("pos", pos)):
         if tensor is None:
             continue
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} must be on {x.device}, where x is, got {tensor.device}")
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on {device}, where x is, got {tensor.device}")
 
 
 def _forward(x, residual, weight, bias, pos, seed, p, eps, backend) -> Normalized:
@@ -142,12 +155,12 @@ def _inputs(x, residual, weight, seed, p) -> Inputs:
 class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, bias, pos, seed, p, eps, backend):
-        y, y_pos, mean, rstd = _forward(x, residual, weight, bias, pos, seed, p, eps, backend)
-        ctx.save_for_backward(x, residual, weight, mean, rstd, seed)
+        normalized = _forward(x, residual, weight, bias, pos, seed, p, eps, backend)
+        ctx.save_for_backward(x, residual, weight, normalized.mean, normalized.rstd, seed)
         ctx.pos = None if pos is None else (pos.shape, pos.dtype)
         ctx.p, ctx.backend = p, backend
         ctx.set_materialize_grads(False)
-        return y.view(x.shape), None if y_pos is None else y_pos.view(x.shape)
+        return _as_x(x, normalized)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -92,4 +92,4 @@ class _Arguments:
 
 
 def _vector(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.detach().to(dtype).contiguous()
+    return x if x.dtype == dtype and x.is_contiguous() else x.detach().to(dtype).contiguous()

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from detr_fast.ops.dropout import Dropout
+
+
+@cache
+def promoted(*dtypes: torch.dtype) -> torch.dtype:
+    """``torch.promote_types``, kept: on the CPU a call of the op takes no longer than some twenty of these."""
+    return torch.promote_types(*dtypes)
 
 
 class Inputs(NamedTuple):
@@ -27,12 +34,12 @@ class Inputs(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         """Of the result."""
-        return torch.promote_types(self.x.dtype, self.residual.dtype)
+        return promoted(self.x.dtype, self.residual.dtype)
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """Of statistics, and of all that is between inputs and results."""
-        return torch.promote_types(self.dtype, torch.float32)
+        return promoted(self.dtype, torch.float32)
 
     @property
     def one_gradient(self) -> bool:
