@@ -190,6 +190,7 @@ detr_fast_set_losses set_losses(const FiveAddresses& a) {
 void set_loss_cpu(const MatchingInputs& m, uintptr_t query_of_target, uintptr_t num_boxes, int kind, uintptr_t weight,
                   double alpha, double gamma, const FiveAddresses& results, int threads) {
     check_labels(m);
+    check_labels(m);
     const py::gil_scoped_release release;
     const auto inputs = m.inputs();
     const detr_fast_class_loss class_loss{static_cast<detr_fast_class_loss_kind>(kind), at<const void>(weight), alpha,
