@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from detr_fast.ops import _triton
 from detr_fast.ops._dispatch import Implementation, Op, always_runs, goes_through_dispatcher
 from detr_fast.ops.matching_cost.types import PackedTargets
 from detr_fast.ops.set_loss.native import set_loss_backward_native, set_loss_native, why_not
@@ -22,15 +23,29 @@ from detr_fast.ops.set_loss.types import (
     result_sizes,
 )
 
+
+def _run_triton(*arguments: Any) -> tuple[Tensor, ...]:
+    from detr_fast.ops.set_loss.triton_impl import set_loss_triton  # on demand: it imports Triton
+
+    return set_loss_triton(*arguments)
+
+
+def _run_backward_triton(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from detr_fast.ops.set_loss.triton_impl import set_loss_backward_triton  # likewise
+
+    return set_loss_backward_triton(*arguments)
+
+
 OP = Op(
     name="set_loss",
     implementations=(
         Implementation("native", set_loss_native, why_not),
+        Implementation("triton", _run_triton, lambda logits: _triton.why_not(logits.device)),
         Implementation("reference", set_loss_reference, always_runs),
     ),
     example=lambda device: (torch.empty(1, 1, 1, device=device),),
 )
-BACKWARD = {"native": set_loss_backward_native}
+BACKWARD = {"native": set_loss_backward_native, "triton": _run_backward_triton}
 
 
 def set_loss(
@@ -57,7 +72,7 @@ def set_loss(
             none. No query twice in an image.
         class_loss: CrossEntropy, Focal or Varifocal.
         num_boxes: what box losses are divided by, one number; not differentiated.
-        backend: "reference" or "native"; None takes the fastest that can run here.
+        backend: "reference", "native" or "triton"; None takes the fastest that can run here.
 
     Returns:
         See SetLosses; on the logits' device, in float32 (float64 for float64 logits).
@@ -69,7 +84,8 @@ def set_loss(
 
     Differentiable in logits and boxes, once; by "reference" any number of times. Where a function has a corner the
     gradient is PyTorch's: half for each of two equal numbers of which one is the minimum, 1 at a clamp's bound, 0 at
-    |0|. Deterministic, whatever the number of threads. Where all weights of the cross-entropy are 0 its mean is NaN.
+    |0|. Deterministic, whatever the number of threads. Where all weights of the cross-entropy are 0 its mean is NaN. On
+    CUDA "triton" does not wait for the device, nor look at labels: one out of range makes its layer's loss NaN.
     """
     logits, boxes = list(logits), list(boxes)
     check_set_loss_inputs(logits, boxes, targets, query_of_target, class_loss, num_boxes)
