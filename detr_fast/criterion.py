@@ -16,7 +16,7 @@ from detr_fast.matcher import HungarianMatcher
 from detr_fast.ops import CrossEntropy, PackedTargets
 from detr_fast.ops.boxes import cxcywh_to_xyxy, elementwise_giou
 from detr_fast.ops.set_loss.api import stacked_losses
-from detr_fast.targets import check_targets
+from detr_fast.targets import check_and_pack
 
 Indices = Sequence[tuple[Tensor, Tensor]]
 
@@ -66,6 +66,7 @@ class SetCriterion(nn.Module):
         self.eos_coef = eos_coef
         self.losses = list(losses)
         self.validate = validate
+        self._weights: tuple[tuple[Any, ...], Tensor] | None = None  # those of ``total``, and what they were made for
         unknown = set(losses) - set(self._loss_functions())
         if unknown and self._is_original("get_loss"):
             raise ValueError(f"losses must be among {sorted(self._loss_functions())}, got {sorted(unknown)}")
@@ -92,16 +93,34 @@ class SetCriterion(nn.Module):
             ValueError: targets are malformed (see ``check_targets``), or outputs and criterion do not fit together.
         """
         if self.validate:
-            check_targets(targets, self.num_classes, batch_size=len(outputs["pred_logits"]))
-        num_boxes = self._num_boxes(outputs["pred_logits"], targets)
+            packed = check_and_pack(targets, self.num_classes, batch_size=len(outputs["pred_logits"]))
+        else:
+            packed = PackedTargets.pack(targets)
+        num_boxes = self._num_boxes(outputs["pred_logits"], packed)
         layers = [outputs, *outputs.get("aux_outputs", ())]
         # A matcher that matches in its own way is asked layer by layer, as in the original.
-        way = self._losses_at_once if _is_hungarian(self.matcher) else self._losses_by_layer
-        final, *earlier = way(layers, targets, num_boxes)
+        if _is_hungarian(self.matcher):
+            final, *earlier = self._losses_at_once(layers, targets, packed, num_boxes)
+        else:
+            final, *earlier = self._losses_by_layer(layers, targets, num_boxes)
         losses = dict(final)
         for number, layer_losses in enumerate(earlier):
             losses.update({f"{name}_{number}": value for name, value in layer_losses.items()})
         return losses
+
+    def total(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """The sum of ``losses`` weighted by ``weight_dict``: what a training loop minimises.
+
+        It is the original loop's sum, in three calls for torch instead of two a loss, forward and backward.
+        """
+        names = tuple(name for name in losses if name in self.weight_dict)
+        values = torch.stack([losses[name] for name in names])
+        key = (tuple(self.weight_dict[name] for name in names), values.dtype, values.device)
+        if self._weights is None or self._weights[0] != key:
+            # Of memory that is not pinned the copy to a device is asynchronous for the host, too.
+            weights = torch.tensor(key[0], dtype=values.dtype).to(values.device, non_blocking=True)
+            self._weights = key, weights
+        return (values * self._weights[1]).sum()
 
     def get_loss(
         self,
@@ -181,9 +200,8 @@ class SetCriterion(nn.Module):
         ]
 
     def _losses_at_once(
-        self, layers: Sequence[dict[str, Any]], targets: Sequence[Target], num_boxes: Tensor
+        self, layers: Sequence[dict[str, Any]], targets: Sequence[Target], packed: PackedTargets, num_boxes: Tensor
     ) -> list[dict[str, Tensor]]:
-        packed = PackedTargets.pack(targets)
         names = [name for name in self.losses if name in NAMES and self._is_original(f"loss_{name}", "get_loss")]
         losses: dict[int, dict[str, Tensor]] = {}
         for group in _alike(layers):
@@ -243,10 +261,9 @@ class SetCriterion(nn.Module):
         """Whether no subclass has overridden these, and nobody has replaced them in this object."""
         return all(getattr(getattr(self, m), "__func__", None) is getattr(SetCriterion, m) for m in methods)
 
-    def _num_boxes(self, logits: Tensor, targets: Sequence[Target]) -> Tensor:
+    def _num_boxes(self, logits: Tensor, packed: PackedTargets) -> Tensor:
         """Targets of the batch, averaged over processes, at least 1: the normaliser of the box losses."""
-        count = sum(len(target["labels"]) for target in targets)
-        num_boxes = torch.full((), count, dtype=torch.float32, device=logits.device)
+        num_boxes = torch.full((), len(packed.labels), dtype=torch.float32, device=logits.device)
         return mean_over_processes(num_boxes).clamp(min=1)
 
 

@@ -138,6 +138,17 @@ def test_all_at_once_is_as_layer_by_layer(counts: list[int], losses: list[str]) 
     }
 
 
+def test_total_is_the_weighted_sum() -> None:
+    outputs, targets = outputs_of_layers(), random_targets([3, 2])
+    weights = {"loss_ce": 1.0, "loss_bbox": 5.0, "loss_giou_0": 2.0, "loss_mask": 7.0}
+    criterion = SetCriterion(5, HungarianMatcher(1, 5, 2), weights, 0.1, ["labels", "boxes"])
+    for factor in (1, 3):  # weights may change between steps
+        criterion.weight_dict["loss_ce"] = 1.5 * factor
+        losses = criterion(outputs, targets)
+        expected = 1.5 * factor * losses["loss_ce"] + 5 * losses["loss_bbox"] + 2 * losses["loss_giou_0"]
+        torch.testing.assert_close(criterion.total(losses), expected)
+
+
 def test_weights_of_classes_may_be_changed() -> None:
     outputs, targets = outputs_of_layers(), random_targets([3, 2])
     found, expected = small_criterion(), small_criterion()

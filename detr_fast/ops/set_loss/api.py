@@ -130,6 +130,12 @@ def _name_at_compile_time(backend: str | None, device: str) -> str:
 _name_at_compile_time._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def _graph_is_kept() -> bool:
+    """Whether backward may run again, so that what was saved for it has to stay; in doubt, yes."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)  # torch has no public way to ask
+    return True if ask is None else bool(ask())
+
+
 class _SetLoss(torch.autograd.Function):
     """Gradients are computed forward and scaled backward."""
 
@@ -153,7 +159,8 @@ class _SetLoss(torch.autograd.Function):
         layers = len(slopes[0])
         if upstream is None:
             return (None,) * (4 + 2 * layers)
-        logit_gradient, box_gradient = BACKWARD[ctx.backend](upstream, *slopes)
+        owned = (not _graph_is_kept(),) if ctx.backend == "native" else ()
+        logit_gradient, box_gradient = BACKWARD[ctx.backend](upstream, *slopes, *owned)
         gradients = zip((logit_gradient, box_gradient), ctx.dtypes, strict=True)
         return (None,) * 4 + tuple(x for gradient, dtype in gradients for x in gradient.to(dtype).unbind())
 

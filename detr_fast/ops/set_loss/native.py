@@ -58,17 +58,21 @@ def as_numbers(class_loss: ClassLoss, classes: int, like: Tensor) -> tuple[int, 
 
 
 def set_loss_backward_native(
-    upstream: Tensor, logit_slope: Tensor, l1_slope: Tensor, giou_slope: Tensor
+    upstream: Tensor, logit_slope: Tensor, l1_slope: Tensor, giou_slope: Tensor, owned: bool = False
 ) -> tuple[Tensor, Tensor]:
-    upstream = upstream.contiguous()
-    logit_gradient, box_gradient = torch.empty_like(logit_slope), torch.empty_like(l1_slope)
-    _native.module().set_loss_backward_cpu(
-        upstream.dtype == torch.float64,
+    """Gradients of logits and boxes. Slopes that nobody else will ask for (``owned``) are given away, times 1."""
+    native, upstream = _native.module(), upstream.contiguous()
+    is_double = upstream.dtype == torch.float64
+    give = owned and native.set_loss_keeps_logit_slope(is_double, len(logit_slope), upstream.data_ptr())
+    logit_gradient = logit_slope if give else torch.empty_like(logit_slope)
+    box_gradient = torch.empty_like(l1_slope)
+    native.set_loss_backward_cpu(
+        is_double,
         (logit_slope[0].numel(), l1_slope[0].numel()),
         len(logit_slope),
         upstream.data_ptr(),
         (logit_slope.data_ptr(), l1_slope.data_ptr(), giou_slope.data_ptr()),
-        logit_gradient.data_ptr(),
+        0 if give else logit_gradient.data_ptr(),
         box_gradient.data_ptr(),
         torch.get_num_threads(),
     )
