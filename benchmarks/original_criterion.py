@@ -21,15 +21,20 @@ Targets = Sequence[dict[str, Tensor]]
 def losses_of_layers(layers: Sequence[Layer], targets: Targets, class_weight: Tensor) -> dict[str, Tensor]:
     """All losses of all layers, the last of which is the final one and has no number."""
     final, earlier = layers[-1], layers[:-1]
-    matches = match(final, targets)
+    matches = matched_without_gradient(final, targets)
     count = torch.as_tensor([sum(len(target["labels"]) for target in targets)], dtype=torch.float)
     num_boxes = count.clamp(min=1).item()
     losses = losses_of(final, targets, matches, num_boxes, class_weight)
     losses["class_error"] = class_error(final, targets, matches)
     for number, layer in enumerate(earlier):
-        found = losses_of(layer, targets, match(layer, targets), num_boxes, class_weight)
+        found = losses_of(layer, targets, matched_without_gradient(layer, targets), num_boxes, class_weight)
         losses.update({f"{name}_{number}": value for name, value in found.items()})
     return losses
+
+
+@torch.no_grad()
+def matched_without_gradient(layer: Layer, targets: Targets) -> Matches:
+    return match(layer, targets)
 
 
 def losses_of(

@@ -28,7 +28,7 @@ from detr_fast.ops.matching_cost.triton_impl import (
 from detr_fast.ops.matching_cost.triton_words import as_words, distances, pick
 from detr_fast.ops.matching_cost.types import PackedTargets
 from detr_fast.ops.set_loss.triton_losses import pair_losses, sigmoid_losses, sign, store_slopes, weights_of_layer
-from detr_fast.ops.set_loss.types import ClassLoss, CrossEntropy, Focal, result_sizes
+from detr_fast.ops.set_loss.types import ClassLoss, CrossEntropy, Focal, Varifocal, result_sizes
 
 # As for the matching cost, whose logits these are: a program takes 16 queries of one image of one layer.
 BLOCK_QUERIES = 16
@@ -298,12 +298,11 @@ def set_loss_triton(
 
 def fwd_constants(class_loss: ClassLoss, dtype: torch.dtype) -> dict[str, Any]:
     """What ``set_loss_fwd_kernel`` is compiled for."""
-    softmax = isinstance(class_loss, CrossEntropy)
-    alpha, gamma = (0.0, 0.0) if softmax else class_loss
+    sigmoid = Focal(0.0, 0.0) if isinstance(class_loss, CrossEntropy) else class_loss
     return {
-        "KIND": 0 if softmax else 1 if isinstance(class_loss, Focal) else 2,
-        "ALPHA": float(alpha),
-        "GAMMA": float(gamma),
+        "KIND": [CrossEntropy, Focal, Varifocal].index(type(class_loss)),
+        "ALPHA": float(sigmoid.alpha),
+        "GAMMA": float(sigmoid.gamma),
         "COMPUTE": tl.float64 if dtype == torch.float64 else tl.float32,
         "TINY": torch.finfo(dtype).tiny,
         "BLOCK_Q": BLOCK_QUERIES,
