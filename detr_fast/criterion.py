@@ -31,6 +31,17 @@ NAMES = {
 FINAL_LAYER_ONLY = ("masks",)
 
 
+class Losses(dict[str, Tensor]):
+    """Losses by name.
+
+    Attributes:
+        at_once: the losses of layers that were computed at once as one tensor, and the same as the single numbers that
+            are among the values.
+    """
+
+    at_once: tuple[Tensor, tuple[Tensor, ...]] | None = None
+
+
 class SetCriterion(nn.Module):
     """Matches predictions and targets, then trains the matched pairs, at every decoder layer.
 
@@ -99,11 +110,12 @@ class SetCriterion(nn.Module):
         num_boxes = self._num_boxes(outputs["pred_logits"], packed)
         layers = [outputs, *outputs.get("aux_outputs", ())]
         # A matcher that matches in its own way is asked layer by layer, as in the original.
+        losses = Losses()
         if _is_hungarian(self.matcher):
-            final, *earlier = self._losses_at_once(layers, targets, packed, num_boxes)
+            final, *earlier = self._losses_at_once(layers, targets, packed, num_boxes, losses)
         else:
             final, *earlier = self._losses_by_layer(layers, targets, num_boxes)
-        losses = dict(final)
+        losses.update(final)
         for number, layer_losses in enumerate(earlier):
             losses.update({f"{name}_{number}": value for name, value in layer_losses.items()})
         return losses
@@ -111,16 +123,29 @@ class SetCriterion(nn.Module):
     def total(self, losses: Mapping[str, Tensor]) -> Tensor:
         """The sum of ``losses`` weighted by ``weight_dict``: what a training loop minimises.
 
-        It is the original loop's sum, in three calls for torch instead of two a loss, forward and backward.
+        It is the original loop's sum, in two calls for torch instead of two a loss, forward and backward.
+
+        Raises:
+            ValueError: none of the losses has a weight.
         """
-        names = tuple(name for name in losses if name in self.weight_dict)
-        values = torch.stack([losses[name] for name in names])
-        key = (tuple(self.weight_dict[name] for name in names), values.dtype, values.device)
+        weight_of = {name: self.weight_dict[name] for name in losses if name in self.weight_dict}
+        if not weight_of:
+            raise ValueError(f"losses must have one of {list(self.weight_dict)} (weight_dict), got {list(losses)}")
+        values, numbers = getattr(losses, "at_once", None) or (None, ())
+        by_number = {id(losses[name]): weight for name, weight in weight_of.items()}
+        if values is None or len(weight_of) != len(numbers) or by_number.keys() != {id(x) for x in numbers}:
+            values = torch.stack([losses[name] for name in weight_of])
+            weights = tuple(weight_of.values())
+        else:
+            weights = tuple(by_number[id(number)] for number in numbers)
+        return (values * self._on_device(weights, values)).sum()
+
+    def _on_device(self, weights: tuple[float, ...], like: Tensor) -> Tensor:
+        key = (weights, like.dtype, like.device)
         if self._weights is None or self._weights[0] != key:
-            # Of memory that is not pinned the copy to a device is asynchronous for the host, too.
-            weights = torch.tensor(key[0], dtype=values.dtype).to(values.device, non_blocking=True)
-            self._weights = key, weights
-        return (values * self._weights[1]).sum()
+            # Asynchronous for the host, though its memory is not pinned.
+            self._weights = key, torch.tensor(weights, dtype=like.dtype).to(like.device, non_blocking=True)
+        return self._weights[1]
 
     def get_loss(
         self,
@@ -200,14 +225,20 @@ class SetCriterion(nn.Module):
         ]
 
     def _losses_at_once(
-        self, layers: Sequence[dict[str, Any]], targets: Sequence[Target], packed: PackedTargets, num_boxes: Tensor
+        self,
+        layers: Sequence[dict[str, Any]],
+        targets: Sequence[Target],
+        packed: PackedTargets,
+        num_boxes: Tensor,
+        losses_of_all: Losses,
     ) -> list[dict[str, Tensor]]:
         names = [name for name in self.losses if name in NAMES and self._is_original(f"loss_{name}", "get_loss")]
         losses: dict[int, dict[str, Tensor]] = {}
         for group in _alike(layers):
             logits, boxes = ([layers[number][key] for number in group] for key in ("pred_logits", "pred_boxes"))
             queries = cast(HungarianMatcher, self.matcher).match_packed(logits, boxes, packed)  # [layers here, N]
-            values = self._values_at_once(logits, boxes, packed, queries, num_boxes) if names else {}
+            arguments = (logits, boxes, packed, queries, num_boxes, losses_of_all)
+            values = self._values_at_once(*arguments) if names else {}
             for place, number in enumerate(group):
                 known = {name: {row: values[row][place] for row in NAMES[name]} for name in names}
                 if number > 0 and "labels" in known:
@@ -219,7 +250,13 @@ class SetCriterion(nn.Module):
         return [losses[number] for number in range(len(layers))]
 
     def _values_at_once(
-        self, logits: list[Tensor], boxes: list[Tensor], packed: PackedTargets, queries: Tensor, num_boxes: Tensor
+        self,
+        logits: list[Tensor],
+        boxes: list[Tensor],
+        packed: PackedTargets,
+        queries: Tensor,
+        num_boxes: Tensor,
+        losses_of_all: Losses,
     ) -> dict[str, tuple[Tensor, ...]]:
         """The numbers of each layer by their names."""
         weight, layers = self.empty_weight, len(logits)
@@ -227,7 +264,9 @@ class SetCriterion(nn.Module):
             expected = f"[B, Q, {len(weight)}] (num_classes + 1) on {weight.device}, where the criterion is"
             raise ValueError(f"pred_logits must be {expected}, got {list(logits[0].shape)} on {logits[0].device}")
         losses, metrics = stacked_losses(logits, boxes, packed, queries, CrossEntropy(weight=weight), num_boxes)
-        numbers = (*losses.flatten().unbind(), *metrics.flatten().unbind())  # one node for autograd
+        losses = losses.flatten()
+        numbers = (*losses.unbind(), *metrics.flatten().unbind())  # one node for autograd
+        losses_of_all.at_once = (losses, numbers[: 3 * layers])
         return {row: numbers[i * layers : (i + 1) * layers] for i, row in enumerate(ROWS)}
 
     def _layer_losses(

@@ -149,6 +149,28 @@ def test_total_is_the_weighted_sum() -> None:
         torch.testing.assert_close(criterion.total(losses), expected)
 
 
+@pytest.mark.parametrize("change", [False, True])
+def test_total_and_its_gradient_when_every_loss_has_a_weight(change: bool) -> None:
+    outputs, targets = outputs_of_layers(), random_targets([3, 2])
+    names = [name + suffix for name in ("loss_ce", "loss_bbox", "loss_giou") for suffix in ("", "_0", "_1")]
+    weights = {name: 0.5 + place for place, name in enumerate(names)}
+    criterion = SetCriterion(5, HungarianMatcher(1, 5, 2), weights, 0.1, ["labels", "boxes", "cardinality"])
+    losses = criterion(outputs, targets)
+    if change:
+        losses["loss_ce_1"] = losses["loss_ce_1"] ** 2
+    expected = sum(weights[name] * losses[name] for name in names)
+    total = criterion.total(losses)
+    torch.testing.assert_close(total, expected)
+    inputs = [layer[key] for layer in (outputs, *outputs["aux_outputs"]) for key in ("pred_logits", "pred_boxes")]
+    found, wanted = (torch.autograd.grad(x, inputs, retain_graph=True) for x in (total, expected))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_total_of_losses_without_a_weight_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"losses must have one of \['loss_ce'\] \(weight_dict\), got \['loss_x'\]"):
+        SetCriterion(5, HungarianMatcher(), {"loss_ce": 1.0}, 0.1, ["labels"]).total({"loss_x": torch.ones(())})
+
+
 def test_weights_of_classes_may_be_changed() -> None:
     outputs, targets = outputs_of_layers(), random_targets([3, 2])
     found, expected = small_criterion(), small_criterion()
