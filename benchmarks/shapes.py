@@ -87,3 +87,23 @@ MIXED_MAPS = MapShape("mixed-4", COCO_SIZES)
 DILATED_MAP = MapShape("dilated-one", (COMMON_SIZE,), stride=16)
 
 MAP_SHAPES = (ONE_MAP, MIXED_MAPS, DILATED_MAP)
+
+
+@dataclass(frozen=True)
+class MaskShape:
+    """One image of a panoptic model, and the photograph that it was scaled from."""
+
+    name: str
+    image_size: tuple[int, int]
+    photograph_size: tuple[int, int]
+    num_targets: int
+    num_queries: int = 100
+
+    def map_size(self, stride: int) -> tuple[int, int]:
+        """Rows and columns of the feature map at a stride, rounded up."""
+        height, width = self.image_size
+        return -(-height // stride), -(-width // stride)
+
+
+# A square picture, so that all maps double exactly; ten objects are a little more than COCO's mean.
+MASKS = MaskShape("640x640", (640, 640), (512, 512), 10)

@@ -1,0 +1,148 @@
+"""The mask head in inference and in a training step, and panoptic post-processing, against the original way.
+
+A training step is the mask head, both losses of ten matched masks, and the gradients of the mask head and of the
+features; the detector below it is not part of it. Post-processing starts from the model's output and ends with a PNG.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import original_masks
+from benchmarks.harness import Contest, Contestant
+from benchmarks.shapes import MASKS, MaskShape
+from detr_fast import PostProcessPanoptic
+from detr_fast.mask_losses import mask_losses
+from detr_fast.models.segmentation import MaskHead, QueryMasks
+
+Race = Callable[[str, str, Callable[[], Contest]], None]
+CONTESTANTS = ("original", "detr_fast")
+CHUNK = 16  # DetrSegm's
+THINGS = {number: number <= 90 for number in range(201)}
+
+
+@pytest.mark.parametrize("contestant", CONTESTANTS)
+def test_inference(race: Race, contestant: str) -> None:
+    race(f"mask head inference {MASKS.name}", contestant, lambda: inference(MASKS))
+
+
+@pytest.mark.parametrize("contestant", CONTESTANTS)
+def test_training(race: Race, contestant: str) -> None:
+    race(f"mask head training {MASKS.name}", contestant, lambda: training(MASKS))
+
+
+@pytest.mark.parametrize("contestant", CONTESTANTS)
+def test_postprocess(race: Race, contestant: str) -> None:
+    race(f"panoptic post-processing {MASKS.name}", contestant, lambda: postprocess(MASKS))
+
+
+def inputs(shape: MaskShape) -> tuple[MaskHead, Tensor, Tensor, list[Tensor]]:
+    """The head, and features, attention and pyramid of one image."""
+    torch.manual_seed(0)
+    head = MaskHead(256 + 8, [1024, 512, 256], 256)
+    projected = torch.randn(1, 256, *shape.map_size(32))
+    attention = torch.rand(1, shape.num_queries, 8, *shape.map_size(32))
+    pyramid = [torch.randn(1, 64 * stride, *shape.map_size(stride)) for stride in (16, 8, 4)]
+    return head, projected, attention, pyramid
+
+
+def inference(shape: MaskShape) -> Contest:
+    """The logits of all queries."""
+    head, projected, attention, pyramid = inputs(shape)
+
+    def original() -> Tensor:
+        with torch.inference_mode():
+            return original_masks.mask_head(head, projected, attention, pyramid)
+
+    def ours() -> Tensor:
+        with torch.inference_mode():
+            return QueryMasks(head, attention, head.image_maps(projected, pyramid), CHUNK).dense()
+
+    expected = original()
+    contestants = [Contestant("original", original), Contestant("detr_fast", ours)]
+    return Contest(contestants, lambda masks: torch.testing.assert_close(masks, expected, rtol=0, atol=1e-5))
+
+
+def training(shape: MaskShape) -> Contest:
+    """The gradients of the features and of the head's parameters."""
+    head, projected, attention, pyramid = inputs(shape)
+    wanted = [x.requires_grad_() for x in (projected, attention, *pyramid)] + list(head.parameters())
+    queries = torch.randperm(shape.num_queries)[: shape.num_targets].sort().values
+    targets = rectangles(shape)
+    target = {"masks": targets, "labels": torch.zeros(len(targets), dtype=torch.int64)}
+    indices = [(queries, torch.arange(len(targets)))]
+
+    def original() -> list[Tensor]:
+        masks = original_masks.mask_head(head, projected, attention, pyramid)
+        loss = original_masks.mask_losses(masks[0, queries], targets, len(targets))
+        return list(torch.autograd.grad(loss, wanted))
+
+    def ours() -> list[Tensor]:
+        masks = QueryMasks(head, attention, head.image_maps(projected, pyramid), CHUNK)
+        losses = mask_losses(masks, [target], indices, len(targets))
+        return list(torch.autograd.grad(losses["loss_mask"] + losses["loss_dice"], wanted))
+
+    def check(gradients: list[Tensor]) -> None:
+        for gradient, known in zip(gradients, expected, strict=True):
+            found = gradient[:, queries] if gradient.shape == attention.shape else gradient
+            error = (found - known).norm() / known.norm()
+            # float32's: a ReLU of a value near 0 may let a gradient through or not.
+            assert error < 5e-3, error
+
+    expected = exact_gradients(head, projected, attention[:, queries], pyramid, targets)
+    return Contest([Contestant("original", original), Contestant("detr_fast", ours)], check)
+
+
+def exact_gradients(
+    head: MaskHead, projected: Tensor, attention: Tensor, pyramid: list[Tensor], targets: Tensor
+) -> list[Tensor]:
+    """In float64, of the matched queries alone: no other one has a gradient."""
+    exact = copy.deepcopy(head).double()
+    inputs = [x.detach().double().requires_grad_() for x in (projected, attention, *pyramid)]
+    masks = original_masks.mask_head(exact, inputs[0], inputs[1], inputs[2:])
+    loss = original_masks.mask_losses(masks[0], targets, len(targets))
+    return list(torch.autograd.grad(loss, [*inputs, *exact.parameters()]))
+
+
+def rectangles(shape: MaskShape) -> Tensor:
+    """[T, height, width] masks of a third of the sides."""
+    height, width = shape.image_size
+    masks = torch.zeros(shape.num_targets, height, width, dtype=torch.bool)
+    for number, mask in enumerate(masks):
+        top, left = height * number // (2 * shape.num_targets), width * number // (2 * shape.num_targets)
+        mask[top : top + height // 3, left : left + width // 3] = True
+    return masks
+
+
+def postprocess(shape: MaskShape) -> Contest:
+    """The segments of an image whose every third query is confident, at the size of the photograph."""
+    torch.manual_seed(0)
+    logits = torch.zeros(1, shape.num_queries, 251)
+    logits[0, range(shape.num_queries), torch.randint(1, 201, (shape.num_queries,))] = 12
+    logits[0, torch.arange(shape.num_queries) % 3 > 0, 250] = 24
+    blobs = F.interpolate(torch.randn(1, shape.num_queries, 8, 8), shape.map_size(4), mode="bicubic")
+    outputs = {"pred_logits": logits, "pred_masks": 6 * blobs}
+    module = PostProcessPanoptic(THINGS)
+    size, photograph = shape.image_size, shape.photograph_size
+
+    def original() -> list[tuple[int, int]]:
+        return original_masks.panoptic(outputs["pred_logits"][0], outputs["pred_masks"][0], THINGS, size, photograph)[1]
+
+    def ours() -> list[tuple[int, int]]:
+        (found,) = module(outputs, [size], [photograph])
+        return [(info["category_id"], info["area"]) for info in found["segments_info"]]
+
+    expected = original()
+
+    def check(segments: list[tuple[int, int]]) -> None:
+        # A pixel where two masks are equal but for rounding may go either way.
+        assert [c for c, _ in segments] == [c for c, _ in expected] and len(segments) > 15, segments
+        assert all(abs(a - b) <= 3 for (_, a), (_, b) in zip(segments, expected, strict=True)), (segments, expected)
+
+    return Contest([Contestant("original", original), Contestant("detr_fast", ours)], check)
