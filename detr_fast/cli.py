@@ -105,8 +105,10 @@ def evaluate(
     size: Size = None,
     max_size: MaxSize = None,
     dilation: Dilation = None,
+    segments: Annotated[Path | None, typer.Option(help="folder of PNGs: measure panoptic quality")] = None,
+    masks: Annotated[bool, typer.Option("--masks", help="measure AP of masks instead of boxes")] = False,
 ) -> None:
-    """Print a checkpoint's COCO AP on a data set.
+    """Print a checkpoint's COCO AP, or its panoptic quality, on a data set.
 
     On several processes: torchrun --nproc-per-node N -m detr_fast eval ...
     """
@@ -129,6 +131,8 @@ def evaluate(
         size=size or max(trained.get("scales", [800])),
         max_size=max_size or trained.get("max_size", 1333),
         model_options=_model_options(dilation),
+        segments=segments,
+        masks=masks,
         output=output,
     )
     if is_main():

@@ -42,6 +42,7 @@ class ModelConfig:
     pre_norm: bool = _option(False, "normalise before each sublayer instead of after it")
     num_queries: int = _option(100, "object queries: the most objects that one image can have")
     aux_loss: bool = _option(True, "a loss after every decoder layer, not only the last")
+    masks: bool = _option(False, "a mask head too, for which the annotations need masks")
     activation_checkpointing: bool = _option(False, "train in less memory: the transformer's layers are computed twice")
 
     def __post_init__(self) -> None:
@@ -99,6 +100,8 @@ class TrainConfig:
     val_images: Path = _required("folder of validation images")
     val_annotations: Path = _required("their COCO annotation file")
     output_dir: Path = _required("folder for checkpoints and log")
+    train_segments: Path | None = _option(None, "folder of PNGs: the annotations are of COCO's panoptic format")
+    val_segments: Path | None = _option(None, "folder of the validation annotations' PNGs, as train_segments")
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -111,6 +114,7 @@ class TrainConfig:
     resume: bool = _option(False, "continue the run in the output folder exactly; start it where there is none yet")
     pretrained: Path | None = _option(None, "start from the weights in this checkpoint")
     reset_class_head: bool = _option(False, "with --pretrained: start the class head anew, for other categories")
+    frozen_weights: Path | None = _option(None, "with --masks: train the mask head alone, on this detector")
     backbone_weights: str = _option("imagenet", "a ResNet's start: imagenet (a download), none, or a file")
     save_every: int = _option(0, "also keep checkpoint<epoch>.pth every so many epochs, 0 for never")
     log_every: int = _option(10, "updates between two readings of the loss")
@@ -123,6 +127,11 @@ class TrainConfig:
         _check(bool(self.scales) and min(self.scales) >= 1, "scales", "one or more positive sizes", self.scales)
         _check(not self.reset_class_head or bool(self.pretrained), "reset_class_head", "used with pretrained", True)
 
+        masks, panoptic = self.model.masks, self.train_segments is not None
+        _check(masks or self.frozen_weights is None, "frozen_weights", "used with masks", self.frozen_weights)
+        _check(masks or not panoptic, "train_segments", "used with masks", self.train_segments)
+        _check(panoptic == (self.val_segments is not None), "val_segments", "as train_segments", self.val_segments)
+
     def to_args(self) -> dict[str, Any]:
         """Every option by its flat name, in plain types, with the original's other names that its readers ask for."""
         groups = {name: getattr(self, name) for name in ("model", "loss", "optim")}
@@ -130,5 +139,5 @@ class TrainConfig:
         for group in groups.values():
             flat.update(asdict(group))
         flat.update({name: str(value) for name, value in flat.items() if isinstance(value, Path)})
-        flat.update(scales=list(self.scales), dataset_file="coco", masks=False, frozen_weights=None)
+        flat.update(scales=list(self.scales), dataset_file="coco_panoptic" if self.train_segments else "coco")
         return flat

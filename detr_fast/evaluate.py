@@ -15,10 +15,14 @@ from torch.utils.data import DataLoader, DistributedSampler
 from detr_fast.build import model_from_checkpoint
 from detr_fast.coco_evaluator import STAT_NAMES, CocoEvaluator, CocoResult
 from detr_fast.data.batch import ImageBatch, Target, collate
-from detr_fast.data.coco import CocoDetection, seed_worker
+from detr_fast.data.coco import seed_worker
+from detr_fast.data.coco_panoptic import open_dataset
 from detr_fast.data.transforms import eval_transforms
 from detr_fast.distributed import all_gather_objects, is_distributed, is_main
+from detr_fast.models.segmentation import DetrSegm
+from detr_fast.panoptic_evaluator import PanopticEvaluator, PanopticResult
 from detr_fast.postprocess import PostProcess
+from detr_fast.postprocess_masks import PostProcessPanoptic, PostProcessSegm
 
 __all__ = ["STAT_NAMES", "CocoEvaluator", "CocoResult", "evaluate", "evaluate_checkpoint"]
 
@@ -28,11 +32,11 @@ def evaluate(
     loader: Iterable[tuple[Any, list[Target]]],
     *,
     postprocess: nn.Module,
-    evaluator: CocoEvaluator,
+    evaluator: CocoEvaluator | PanopticEvaluator,
     device: torch.device | str,
     criterion: nn.Module | None = None,
     amp: bool = False,
-) -> tuple[CocoResult, dict[str, float]]:
+) -> tuple[Any, dict[str, float]]:
     """Run a model over a data set and measure its COCO numbers.
 
     On several processes each one runs its share of the images, and all return the same result; images that a sampler
@@ -40,16 +44,17 @@ def evaluate(
 
     Args:
         model: samples to the output dictionary; left in the mode it was in.
-        loader: batches of (images as ``ImageBatch.of`` takes them, targets with "image_id" and "orig_size").
-        postprocess: (outputs, [B, 2] original sizes) to detections in pixels.
-        evaluator: collects the detections; may hold some already.
+        loader: batches of (images as ``ImageBatch.of`` takes them, targets with "image_id" and "orig_size"; where
+            masks are measured also "size").
+        postprocess: (outputs, [B, 2] original sizes) to detections in pixels, or a ``PostProcessPanoptic``.
+        evaluator: collects the detections; may hold some already. One for "segm" is given the masks too.
         device: where to run.
         criterion: (outputs, targets) to losses; None measures none.
         amp: run the model in bfloat16 autocast.
 
     Returns:
-        The result of the evaluator's first IoU type, and the losses averaged over all images: those of the criterion
-        and, where it has weights, their weighted sum "loss". Empty without a criterion.
+        The evaluator's result, of its first IoU type (see CocoResult, PanopticResult), and the losses averaged over all
+        images: those of the criterion and, where it has weights, their weighted sum "loss". Empty without a criterion.
 
     Raises:
         ValueError: with a criterion, the processes have different numbers of batches (it averages over processes in
@@ -65,12 +70,13 @@ def evaluate(
     try:
         with torch.no_grad():
             for samples, targets in loader:
+                batch = ImageBatch.of(samples).to(device, non_blocking=True)
                 with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                    outputs = module(ImageBatch.of(samples).to(device, non_blocking=True))
+                    # Few of the masks are looked at.
+                    outputs = module(batch, lazy_masks=True) if isinstance(module, DetrSegm) else module(batch)
                 outputs = _to_float32(outputs)
                 losses.add(outputs, targets, device)
-                sizes = torch.stack([target["orig_size"] for target in targets])
-                results = postprocess(outputs, sizes.to(device))
+                results = _postprocess(postprocess, outputs, targets, batch, evaluator)
                 evaluator.update({int(t["image_id"]): found for t, found in zip(targets, results, strict=True)})
     finally:
         module.train(was_training)
@@ -89,8 +95,10 @@ def evaluate_checkpoint(
     size: int = 800,
     max_size: int | None = 1333,
     model_options: Mapping[str, Any] | None = None,
+    segments: str | os.PathLike[str] | None = None,
+    masks: bool = False,
     output: str | os.PathLike[str] | None = None,
-) -> CocoResult:
+) -> CocoResult | PanopticResult:
     """Measure a checkpoint's COCO numbers on a folder of images.
 
     Args:
@@ -101,13 +109,22 @@ def evaluate_checkpoint(
         size, max_size: shortest side of the model's input, and the longest allowed, in pixels.
         model_options: what the file does not tell about its model, such as ``{"dilation": True}`` for a published
             DC5 checkpoint.
+        segments: folder of PNGs: the annotations are of COCO's panoptic format, and panoptic quality is measured.
+        masks: measure the average precision of masks, not of boxes.
         output: JSON file that the main process writes; its folder is made.
+
+    Raises:
+        ValueError: masks are to be measured, and the model has no mask head.
 
     Warns:
         UserWarning: the checkpoint's categories have other names than the annotations'.
     """
     model, meta = model_from_checkpoint(checkpoint, **(model_options or {}))
-    dataset = CocoDetection(images, annotations, eval_transforms(size, max_size))
+    if (masks or segments is not None) and not isinstance(model, DetrSegm):
+        raise ValueError(
+            f"{checkpoint} must be of a model with a mask head to measure masks, got a {type(model).__name__}"
+        )
+    dataset = open_dataset(images, annotations, segments, eval_transforms(size, max_size), masks=False)
     _warn_of_other_names(meta.categories, dataset.categories)
     loader: DataLoader[Any] = DataLoader(
         dataset,
@@ -118,12 +135,31 @@ def evaluate_checkpoint(
         worker_init_fn=seed_worker,
         pin_memory=torch.device(device).type == "cuda",
     )
-    evaluator = CocoEvaluator(annotations)
-    result, _ = evaluate(model.to(device), loader, postprocess=PostProcess(), evaluator=evaluator, device=device)
+    postprocess: nn.Module = PostProcess()
+    evaluator: CocoEvaluator | PanopticEvaluator
+    if segments is not None:
+        evaluator = PanopticEvaluator(annotations, segments)
+        postprocess = PostProcessPanoptic(evaluator.is_thing_map)
+    else:
+        evaluator = CocoEvaluator(annotations, ("segm",) if masks else ("bbox",))
+    result, _ = evaluate(model.to(device), loader, postprocess=postprocess, evaluator=evaluator, device=device)
     if output is not None and is_main():
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         Path(output).write_text(result.to_json() + "\n")
     return result
+
+
+def _postprocess(
+    postprocess: nn.Module, outputs: dict[str, Any], targets: list[Target], batch: ImageBatch, evaluator: Any
+) -> list[dict[str, Any]]:
+    sizes = torch.stack([target["orig_size"] for target in targets])
+    if isinstance(postprocess, PostProcessPanoptic):
+        height, width = batch.images.shape[-2:]
+        return postprocess(outputs, torch.stack([target["size"] for target in targets]), sizes, frame=(height, width))
+    results = postprocess(outputs, sizes.to(batch.images.device))
+    if "segm" in getattr(evaluator, "iou_types", ()):
+        results = PostProcessSegm()(results, outputs, sizes, torch.stack([target["size"] for target in targets]))
+    return results
 
 
 class _MeanLosses:

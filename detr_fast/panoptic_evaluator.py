@@ -62,6 +62,12 @@ class PanopticResult:
     num_images: int
     num_unseen: int = 0
 
+    @property
+    def stats(self) -> dict[str, float]:
+        """ "PQ", "SQ" and "RQ"; of things and stuff with "_things" and "_stuff" behind them."""
+        groups = {"": self.every, "_things": self.things, "_stuff": self.stuff}
+        return {f"{key.upper()}{end}": getattr(q, key) for end, q in groups.items() for key in ("pq", "sq", "rq")}
+
     def table(self) -> str:
         """The numbers as lines of text, in percent."""
         rows = {"all": self.every, "things": self.things, "stuff": self.stuff}

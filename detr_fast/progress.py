@@ -65,7 +65,7 @@ class TrainProgress:
     def epoch(self, report: EpochReport, stats: dict[str, float]) -> None:
         """Print the line of a finished epoch."""
         rate = report.images / max(report.seconds, 1e-9)
-        score = "".join(f"  {name} {stats[name]:.3f}" for name in ("AP", "AP50") if name in stats)
+        score = "".join(f"  {name} {stats[name]:.3f}" for name in ("AP", "AP50", "PQ") if name in stats)
         self.note(
             f"epoch {report.epoch + 1}/{self.epochs}  loss {report.losses['loss']:.3f}{score}  {rate:.1f} img/s  "
             f"{report.seconds:.0f} s  {peak_memory() / 2**30:.1f} GiB"

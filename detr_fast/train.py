@@ -35,13 +35,16 @@ from detr_fast.config import PAPER_SCALES, TrainConfig
 from detr_fast.data.annotations import AnnotationError
 from detr_fast.data.batch import collate
 from detr_fast.data.coco import CocoDetection, seed_worker
+from detr_fast.data.coco_panoptic import CocoPanoptic, open_dataset
 from detr_fast.data.transforms import eval_transforms, train_transforms
 from detr_fast.distributed import barrier, init_from_env, is_main, rank, world_size
 from detr_fast.evaluate import CocoEvaluator, evaluate
 from detr_fast.finite import NonFiniteLossError
 from detr_fast.fit import EpochReport, FitHooks, Interrupted, fit
 from detr_fast.interrupt import StopSignals
+from detr_fast.panoptic_evaluator import PanopticEvaluator
 from detr_fast.postprocess import PostProcess
+from detr_fast.postprocess_masks import PostProcessPanoptic
 from detr_fast.progress import TrainProgress, peak_memory
 from detr_fast.train_state import TrainState
 
@@ -52,6 +55,7 @@ CHECKPOINT, BEST, LOG, NAN_STATE = "checkpoint.pth", "checkpoint_best.pth", "log
 # What a resumed run may be told anew: where things are, how long it goes on, how the work is spread.
 MAY_CHANGE = {
     *("train_images", "train_annotations", "val_images", "val_annotations", "output_dir", "device"),
+    *("train_segments", "val_segments", "frozen_weights"),
     *("epochs", "num_workers", "resume", "pretrained", "reset_class_head", "backbone_weights"),
     *("save_every", "log_every"),
 }
@@ -150,8 +154,9 @@ class _Run:
             self._save(checkpoint, f"checkpoint{report.epoch:04}.pth")
         with self.signals.at_once():
             val_losses = self._evaluate(state)
-        if state.best is None or self.stats["AP"] > state.best:
-            checkpoint["best"] = state.best = self.stats["AP"]
+        score = self.stats["PQ" if "PQ" in self.stats else "AP"]
+        if state.best is None or score > state.best:
+            checkpoint["best"] = state.best = score
             self._save(checkpoint, BEST)
             self._save(checkpoint, CHECKPOINT)
         self._log(report, val_losses)
@@ -160,11 +165,12 @@ class _Run:
     def _evaluate(self, state: TrainState) -> dict[str, float]:
         # The evaluation leaves no trace in the random numbers: a run resumed from before it goes on as this one.
         before = random_state()
+        postprocess, evaluator = self._evaluator()
         coco_result, losses = evaluate(
             state.eval_model,
             self.val_loader,
-            postprocess=PostProcess(),
-            evaluator=CocoEvaluator(self.config.val_annotations),
+            postprocess=postprocess,
+            evaluator=evaluator,
             device=self.device,
             criterion=self.criterion,
             amp=self.config.optim.amp,
@@ -173,6 +179,19 @@ class _Run:
         self.stats = dict(coco_result.stats)
         weights: dict[str, float] = self.criterion.weight_dict  # type: ignore[assignment]
         return {name: value * weights.get(name, 1.0) for name, value in losses.items()}
+
+    def _evaluator(self) -> tuple[nn.Module, CocoEvaluator | PanopticEvaluator]:
+        if self.config.val_segments is not None:
+            panoptic = PanopticEvaluator(self.config.val_annotations, self.config.val_segments)
+            return PostProcessPanoptic(panoptic.is_thing_map), panoptic
+        return PostProcess(), CocoEvaluator(self.config.val_annotations, (self.measured,))
+
+    @property
+    def measured(self) -> str:
+        """What the evaluation measures: "panoptic" quality, or the average precision of "segm" or of "bbox"."""
+        if self.config.val_segments is not None:
+            return "panoptic"
+        return "segm" if self.config.model.masks else "bbox"
 
     def _checkpoint(self, state: TrainState) -> dict[str, Any]:
         return {**state.checkpoint(), "args": self.args, "categories": self.categories}
@@ -187,7 +206,7 @@ class _Run:
             **{f"train_{name}": value for name, value in report.losses.items()},
             **{f"val_{name}": value for name, value in val_losses.items()},
             "lr": report.lr,
-            "coco_bbox": self.stats,
+            f"coco_{self.measured}": self.stats,
             "seconds": round(report.seconds, 3),
             "images_per_second": round(report.images / max(report.seconds, 1e-9), 3),
             "memory_bytes": peak_memory(),
@@ -256,7 +275,7 @@ def _continue(
     progress.note(f"continuing after epoch {state.epoch + 1}")
 
 
-def _datasets(config: TrainConfig) -> tuple[CocoDetection, CocoDetection]:
+def _datasets(config: TrainConfig) -> tuple[CocoDetection | CocoPanoptic, CocoDetection | CocoPanoptic]:
     # The paper's crop sizes in proportion to the scales: at the paper's scales they are the paper's.
     part = max(config.scales) / max(PAPER_SCALES)
     augmentation = train_transforms(
@@ -265,9 +284,12 @@ def _datasets(config: TrainConfig) -> tuple[CocoDetection, CocoDetection]:
         crop_scales=[round(size * part) for size in (400, 500, 600)],
         crop_range=(round(384 * part), round(600 * part)),
     )
-    train_set = CocoDetection(config.train_images, config.train_annotations, augmentation)
     at_test = eval_transforms(max(config.scales), config.max_size)
-    val_set = CocoDetection(config.val_images, config.val_annotations, at_test)
+    masks = config.model.masks
+    train_set = open_dataset(
+        config.train_images, config.train_annotations, config.train_segments, augmentation, masks=masks
+    )
+    val_set = open_dataset(config.val_images, config.val_annotations, config.val_segments, at_test, masks=masks)
     for category, name in val_set.categories.items():
         if train_set.categories.get(category) != name:
             raise AnnotationError(
@@ -282,7 +304,7 @@ def _datasets(config: TrainConfig) -> tuple[CocoDetection, CocoDetection]:
     return train_set, val_set
 
 
-def _loader(dataset: CocoDetection, config: TrainConfig, *, training: bool) -> DataLoader[Any]:
+def _loader(dataset: CocoDetection | CocoPanoptic, config: TrainConfig, *, training: bool) -> DataLoader[Any]:
     # With one process too: the order is then a function of seed and epoch alone, which is what resuming needs.
     sampler: DistributedSampler[Any] = DistributedSampler(
         dataset, world_size(), rank(), shuffle=training, seed=config.seed
@@ -314,6 +336,10 @@ def _load_starting_weights(model: Any, config: TrainConfig, progress: TrainProgr
         weights = checkpoint.get("ema") or checkpoint["model"]
         reset = load_weights(model, weights, reset_class_head=config.reset_class_head)
         progress.note(f"weights from {config.pretrained}" + (f"; started anew: {', '.join(reset)}" if reset else ""))
+    elif config.frozen_weights is not None:
+        checkpoint = load_checkpoint(config.frozen_weights)
+        load_weights(model.detr, checkpoint.get("ema") or checkpoint["model"])
+        progress.note(f"detector from {config.frozen_weights}, frozen")
     elif config.backbone_weights != "none" and config.model.backbone in IMAGENET_URLS:
         try:
             load_backbone_weights(model, config.model.backbone, config.backbone_weights)

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from detr_fast.data.annotations import AnnotationError, entry_name, load_json, name_of
 from detr_fast.data.batch import Target
-from detr_fast.data.coco import Transform, category_names
+from detr_fast.data.coco import CocoDetection, Transform, category_names
 from detr_fast.data.images import ImageError, load_image
 
 Contents = str | os.PathLike[str] | dict[str, Any]
@@ -103,6 +103,20 @@ class CocoPanoptic(Dataset[tuple[Any, Target]]):
             "size": torch.tensor(ids.shape),
         }
         return {**target, "masks": torch.from_numpy(masks)} if self.return_masks else target
+
+
+def open_dataset(
+    images: str | os.PathLike[str],
+    annotations: Contents,
+    segments: str | os.PathLike[str] | None,
+    transforms: Transform | None,
+    *,
+    masks: bool,
+) -> CocoDetection | CocoPanoptic:
+    """A data set of COCO's panoptic format where ``segments``, the folder of its PNGs, is given; else of instances."""
+    if segments is not None:
+        return CocoPanoptic(images, segments, annotations, transforms, return_masks=masks)
+    return CocoDetection(images, annotations, transforms, return_masks=masks)
 
 
 def read_panoptic(source: Contents) -> dict[str, Any]:
