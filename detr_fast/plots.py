@@ -21,6 +21,12 @@ PLOT_NAME = "curves.png"
 BLUE, ORANGE, GREEN, PINK, SKY, RED = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
 TERM_COLORS = {"ce": BLUE, "bbox": ORANGE, "giou": GREEN, "mask": PINK, "dice": SKY}
 AP_COLORS = {"AP": BLUE, "AP50": ORANGE, "AP75": GREEN}
+# What an evaluation measures, by its name in the log: a title, and the curves.
+SCORES = {
+    "coco_bbox": ("box AP", AP_COLORS),
+    "coco_segm": ("mask AP", AP_COLORS),
+    "coco_panoptic": ("panoptic quality", {"PQ": BLUE, "PQ_things": ORANGE, "PQ_stuff": GREEN}),
+}
 # Auxiliary layers ("loss_ce_3") and unweighted copies ("loss_ce_unscaled") would hide the terms themselves.
 TERM = re.compile(r"train_loss_([a-z]+)")
 
@@ -132,13 +138,15 @@ def _plot_terms(axes: Axes, epochs: list[Epoch]) -> None:
 
 
 def _plot_ap(axes: Axes, epochs: list[Epoch]) -> None:
-    for name, color in AP_COLORS.items():
+    kind = next((kind for kind in SCORES if any(kind in epoch for epoch in epochs)), "coco_bbox")
+    title, colors = SCORES[kind]
+    for name, color in colors.items():
         # COCO's -1 says that there was nothing to measure.
-        values = [100 * ap if ap >= 0 else math.nan for ap in _curve(epochs, name, inside="coco_bbox")]
+        values = [100 * score if score >= 0 else math.nan for score in _curve(epochs, name, inside=kind)]
         _plot_curve(axes, epochs, values, color=color, label=_with_best(name, values))
     # An AP of one percent at least in view: the noise about zero of the first epochs is no rise.
     axes.set_ylim(0, max(1.0, 1.05 * axes.dataLim.y1) if axes.lines else None)
-    axes.set_title("box AP on validation images, in percent")
+    axes.set_title(f"{title} on validation images, in percent")
 
 
 def _with_best(name: str, values: list[float]) -> str:

@@ -13,10 +13,11 @@ from PIL import Image
 from training_data import config
 from typer.testing import CliRunner
 
-from detr_fast import DetrSegm, model_from_checkpoint
+from detr_fast import DetrSegm, Predictor, model_from_checkpoint
 from detr_fast.checkpoint import load_checkpoint
 from detr_fast.cli import app
 from detr_fast.config import ModelConfig, TrainConfig
+from detr_fast.plots import draw_log, read_log
 from detr_fast.train import train
 
 MODEL = ModelConfig(
@@ -68,7 +69,11 @@ def test_panoptic_training_evaluates_quality_and_its_checkpoint_does_too(tmp_pat
     assert {"PQ", "SQ", "RQ", "PQ_things", "PQ_stuff"} <= lines[-1]["coco_panoptic"].keys()
     assert {"train_loss_mask", "train_loss_dice", "val_loss_mask"} <= lines[-1].keys()
     assert lines[-1]["train_loss_mask"] > 0
+    (axes,) = (a for a in draw_log(read_log(result.output / "log.jsonl")).axes if "panoptic quality" in a.get_title())
+    assert len(axes.lines) == 3
     model, meta = model_from_checkpoint(result.output / "checkpoint.pth")
+    (prediction,) = Predictor(model, size=48, threshold=0)(tmp_path / "val" / "1.jpg")
+    assert len(prediction) == MODEL.num_queries
     assert isinstance(model, DetrSegm) and meta.args["dataset_file"] == "coco_panoptic"
     files = ["--images", tmp_path / "val", "--annotations", tmp_path / "val" / "panoptic.json"]
     arguments = ["eval", "--checkpoint", result.output / "checkpoint.pth", *files, "--segments", tmp_path / "val"]
