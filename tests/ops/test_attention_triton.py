@@ -1,8 +1,9 @@
-"""The Triton attention: its checks under the interpreter and on a GPU, its choices, what compiles anew."""
+"""The Triton attention: its checks under the interpreter and on a GPU, its machine code and choices."""
 
 from __future__ import annotations
 
 import itertools
+import random
 from pathlib import Path
 
 import pytest
@@ -23,12 +24,51 @@ from ops.triton_machine_code import (
 )
 
 CHECKS = Path(__file__).with_name("attention_triton_checks.py")
+# What a block may have of a multiprocessor: on sm_80 163 KiB, on sm_90 227 KiB.
+SHARED_BUDGET = {80: 163 * 1024, 90: 227 * 1024}
 
 
 @needs_triton
 @INTERPRETER_OR_GPU
 def test_the_checks_hold(interpreter: str) -> None:
     run_checks(CHECKS, interpreter)
+
+
+@needs_triton
+class TestMachineCode:
+    """Of every configuration that may be chosen, as recorded, and of a few as compiled now."""
+
+    def test_the_record_is_of_these_kernels_and_of_every_configuration(self) -> None:
+        from ops import attention_machine_code as machine_code
+
+        record = machine_code.read()
+        again = "run tests/ops/attention_machine_code.py again"
+        assert record["sources"] == machine_code.sources_hash(), f"the kernels have changed since: {again}"
+        assert set(record["rows"]) == {str(c) for c in machine_code.configurations()}, again
+
+    def test_nothing_is_spilled_and_shared_memory_suffices(self) -> None:
+        from ops import attention_machine_code as machine_code
+
+        rows = machine_code.read()["rows"]
+        for configuration in machine_code.configurations():
+            registers, spilled, shared = rows[str(configuration)]
+            assert 0 < registers <= 255 and spilled == 0, f"{configuration}: {registers} registers, {spilled} spilled"
+            assert 0 <= shared <= SHARED_BUDGET[configuration.architecture], f"{configuration}: {shared} bytes"
+
+    @pytest.mark.parametrize("architecture", SHARED_BUDGET)
+    def test_what_is_compiled_now_is_what_was_recorded(self, architecture: int, tmp_path: Path) -> None:
+        import triton
+
+        from ops import attention_machine_code as machine_code
+
+        record = machine_code.read()
+        of_detr = {"architecture": architecture, "block_e": 32, "dropout": True, "dtype": "bfloat16"}
+        found = [c for c in machine_code.configurations() if of_detr.items() <= c._asdict().items()]
+        configuration = random.choice(found)
+        registers, spilled, shared = machine_code.measure(configuration, tmp_path)
+        assert spilled == 0 and shared <= SHARED_BUDGET[architecture], configuration
+        if triton.__version__ == record["triton"]:
+            assert [registers, spilled, shared] == record["rows"][str(configuration)], configuration
 
 
 @pytest.fixture()

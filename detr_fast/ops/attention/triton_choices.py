@@ -53,6 +53,7 @@ CANDIDATES: dict[tuple[str, bool], dict[int, list[tuple[int, int, int, int]]]] =
     },
     ("forward", True): {128: [(32, 64, 4, 2), (16, 64, 2, 2)]},
     ("query_gradient", False): {
+        16: [(64, 64, 4, 2)],
         32: [(64, 64, 4, 2), (128, 64, 8, 2)],
         64: [(64, 32, 4, 2), (64, 64, 8, 2)],
         128: [(32, 32, 4, 2)],
