@@ -91,15 +91,23 @@ def run_installed(source: Path, code: str) -> str:
 
 
 EVERY_OP = """
+import numpy as np
 import torch
 from detr_fast.info import OPS, collect_info
-from detr_fast.ops import CostWeights, PackedTargets, TokenOffsets, assignment, attention, matching, matching_cost
+from detr_fast.ops import *
 
 logits, boxes = torch.tensor([[[[0.0, 9.0], [9.0, 0.0], [0.0, 9.0]]]]), torch.full((1, 1, 3, 4), 0.5)  # [L, B, Q, ...]
 targets = PackedTargets(torch.tensor([0]), torch.full((1, 4), 0.5), [1])
 costs = torch.tensor([[[2.0, 1.0], [1.0, 3.0], [5.0, 5.0]]])
 tokens, offsets = torch.ones(3, 1, 16), TokenOffsets.of([1, 2], "cpu")
+masks = torch.stack([torch.eye(2), 1 - torch.eye(2)])
+places = Places.of(np.arange(2), 2, 2)
 runs = {
+    "add_layer_norm": lambda: bool((add_layer_norm(tokens[0], -tokens[0], torch.ones(16), torch.ones(16)) == 1).all()),
+    "relu_dropout": lambda: relu_dropout(masks - 1, Dropout(0.5, torch.tensor([7]))).count_nonzero() == 0,
+    "set_loss": lambda: abs(set_loss(logits, boxes, targets, torch.tensor([[1]]), num_boxes=1).loss_giou.item()) < 1e-6,
+    "mask_loss": lambda: mask_loss(50 * masks - 25, [masks.bool()]).mask.amax().item() < 1e-6,
+    "mask_argmax": lambda: mask_argmax(masks, places, places).tolist() == [[0, 1], [1, 0]],
     "attention": lambda: bool((attention(tokens, tokens, tokens, offsets, offsets) == 1).all()),
     "assignment": lambda: assignment(costs, [2]).tolist() == [[1, 0]],
     "auction": lambda: assignment(costs, [2], method="auction").tolist() == [[1, 0]],
