@@ -23,12 +23,12 @@ STEPS, BATCH = 7, 4
 def losses(pre_norm: bool, steps: int = STEPS) -> list[float]:
     """The demo's model trained for some steps on the demo's scenes, from the same weights."""
     options = vars(replace(MODEL, pre_norm=pre_norm)) | vars(LOSS)
-    args = SimpleNamespace(**options, num_classes=DigitScenes.num_classes, masks=False)
+    args = SimpleNamespace(**options, num_classes=DigitScenes.num_classes)
     torch.manual_seed(0)
     model, criterion = model_from_args(args).train(), criterion_from_args(args)
     # Not Adam, whose first steps have the size of the learning rate whatever the gradient's: where that is zero but for
     # rounding, two runs go apart.
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
     scenes = DigitScenes("train", STEPS * BATCH, size=SIZE)
     found = []
     for step in range(steps):
@@ -56,7 +56,9 @@ def test_kernels_and_references_train_alike(pre_norm: bool, monkeypatch: pytest.
     with_references = losses(pre_norm)
     assert {"attention", "matching", "set_loss"} <= asked
     assert with_kernels[-1] < with_kernels[0] * 0.9, "nothing was learned"
-    assert with_kernels == pytest.approx(with_references, rel=1e-5)
+    assert with_kernels[:3] == pytest.approx(with_references[:3], rel=1e-5)
+    # Rounding grows with every step: the references on one thread and on two are 2e-4 apart after seven.
+    assert with_kernels == pytest.approx(with_references, rel=1e-3)
 
 
 def test_dropout_is_the_originals_in_distribution() -> None:

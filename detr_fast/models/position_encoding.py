@@ -38,16 +38,17 @@ class PositionEmbeddingSine(nn.Module):
         self.scale = 2 * math.pi if scale is None else scale
 
     def forward(self, features: ImageBatch) -> Tensor:
-        """The encoding [B, 2 * num_pos_feats, h, w] (first half rows, second half columns), in float32.
+        """The encoding [B, 2 * num_pos_feats, h, w] (first half rows, second half columns).
 
-        What it is in the padding is not specified.
+        What it is in the padding is not specified. It is computed in float32, or in float64 for such features.
         """
+        dtype = torch.promote_types(features.tensors.dtype, torch.float32)
         rows = columns = ~features.mask  # [B, h, w]
         if features.sizes is not None or features.padded is False:
             # A rectangle's rows are counted in its first column: as many fewer sines as there are columns.
             rows, columns = rows[:, :, :1], columns[:, :1, :]
-        y = rows.cumsum(1, dtype=torch.float32)
-        x = columns.cumsum(2, dtype=torch.float32)
+        y = rows.cumsum(1, dtype=dtype)
+        x = columns.cumsum(2, dtype=dtype)
         if self.normalize:
             y = y / (y[:, -1:, :] + 1e-6) * self.scale
             x = x / (x[:, :, -1:] + 1e-6) * self.scale
@@ -55,7 +56,7 @@ class PositionEmbeddingSine(nn.Module):
         return torch.cat((self._waves(y).expand(shape), self._waves(x).expand(shape)), dim=3).permute(0, 3, 1, 2)
 
     def _waves(self, position: Tensor) -> Tensor:
-        channel = torch.arange(self.num_pos_feats, dtype=torch.float32, device=position.device)
+        channel = torch.arange(self.num_pos_feats, dtype=position.dtype, device=position.device)
         wavelength = self.temperature ** (2 * (channel // 2) / self.num_pos_feats)
         angle = position[..., None] / wavelength  # [B, h, w, num_pos_feats]
         return torch.stack((angle[..., 0::2].sin(), angle[..., 1::2].cos()), dim=4).flatten(3)

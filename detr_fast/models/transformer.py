@@ -269,7 +269,10 @@ class Transformer(nn.Module):
             layout = TokenLayout.full(src.shape[0], (height, width), src.device)  # len() of a symbol is a number
         else:
             layout = TokenLayout.of(mask, sizes)
-        memory, memory_pos = self.encoder(layout.pack(src), layout.pack(pos_embed), layout)
+        tokens = layout.pack(src)
+        if torch.is_autocast_enabled(src.device.type):
+            tokens = tokens.float()  # as a layer norm's result is then: residuals are summed in float32
+        memory, memory_pos = self.encoder(tokens, layout.pack(pos_embed), layout)
         return self.decoder(memory, memory_pos, query_embed, layout), layout.unpack(memory)
 
 

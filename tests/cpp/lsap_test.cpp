@@ -69,7 +69,7 @@ template <typename Cost, int Bytes>
 void test_quicker_solvers() {
     std::mt19937 random(std::random_device{}());
     int unique = 0;
-    for (int round = 0; round < 600; ++round) {
+    for (int round = 0; round < 250; ++round) {
         const int rows = 1 + static_cast<int>(random() % 40);
         const int columns = rows + static_cast<int>(random() % (round % 3 == 0 ? 3 : 120));
         auto costs = random_costs(random, rows, columns, round % 2 == 0);
@@ -101,7 +101,7 @@ void test_quicker_solvers() {
         column_of_row = priced.column_of_row();
         for (int i = 0; i < rows; ++i) require(column_of_row[i] == expected.column_of_row[i], "the one best is found");
     }
-    require(unique > 100, "problems without ties have one best matching");
+    require(unique > 40, "problems without ties have one best matching");
 }
 
 std::vector<int64_t> solve_batch(const std::vector<double>& costs, int threads) {
