@@ -4,7 +4,7 @@ What ``backend=None`` takes on the CPU. Measured with 8 heads of 32 in float32, 
 alternating calls: PyTorch's SDPA on dense tensors takes 1.25 times as long on 850 tokens (with the backward 1.25), 1.29
 on 1500 (1.22), 1.31 on 3400, 1.10 for 100 queries of 850 keys (1.19), 0.83 on 100 tokens (0.89), and on packed tokens
 1.3 to 1.6 times. With dropout, where it stores the weights, it takes 2.0 to 7.0 times as long with the backward. The
-forward runs at 237 to 252 GFLOP/s on 850 and more tokens; multiplications and additions alone reach 440.
+forward runs at 223 to 252 GFLOP/s on 850 and more tokens; multiplications and additions alone reach 440.
 """
 
 from __future__ import annotations
