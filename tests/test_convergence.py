@@ -56,9 +56,7 @@ def test_kernels_and_references_train_alike(pre_norm: bool, monkeypatch: pytest.
     with_references = losses(pre_norm)
     assert {"attention", "matching", "set_loss"} <= asked
     assert with_kernels[-1] < with_kernels[0] * 0.9, "nothing was learned"
-    assert with_kernels[:3] == pytest.approx(with_references[:3], rel=1e-5)
-    # Rounding grows with every step: the references on one thread and on two are 2e-4 apart after seven.
-    assert with_kernels == pytest.approx(with_references, rel=1e-3)
+    assert with_kernels == pytest.approx(with_references, rel=1e-5)
 
 
 def test_dropout_is_the_originals_in_distribution() -> None:

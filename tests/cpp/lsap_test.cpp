@@ -66,10 +66,10 @@ void test_certificates() {
 
 // The solvers of the CPU against the one text for all devices, which makes the same choices.
 template <typename Cost, int Bytes>
-void test_quicker_solvers() {
+void test_quicker_solvers(int rounds) {
     std::mt19937 random(std::random_device{}());
     int unique = 0;
-    for (int round = 0; round < 250; ++round) {
+    for (int round = 0; round < rounds; ++round) {
         const int rows = 1 + static_cast<int>(random() % 40);
         const int columns = rows + static_cast<int>(random() % (round % 3 == 0 ? 3 : 120));
         auto costs = random_costs(random, rows, columns, round % 2 == 0);
@@ -101,7 +101,7 @@ void test_quicker_solvers() {
         column_of_row = priced.column_of_row();
         for (int i = 0; i < rows; ++i) require(column_of_row[i] == expected.column_of_row[i], "the one best is found");
     }
-    require(unique > 40, "problems without ties have one best matching");
+    require(unique > rounds / 6, "problems without ties have one best matching");
 }
 
 std::vector<int64_t> solve_batch(const std::vector<double>& costs, int threads) {
@@ -151,10 +151,10 @@ void test_auctions();  // auction_test.cpp
 
 int main() {
     test_certificates();
-    test_quicker_solvers<float, 16>();
-    test_quicker_solvers<float, 32>();
-    test_quicker_solvers<float, 64>();
-    test_quicker_solvers<double, 64>();
+    test_quicker_solvers<float, 16>(150);
+    test_quicker_solvers<float, 32>(150);
+    test_quicker_solvers<float, 64>(600);
+    test_quicker_solvers<double, 64>(600);
     test_callers_at_once();
     test_exceptions_reach_the_caller();
     test_auctions();
