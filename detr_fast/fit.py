@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from detr_fast.config import OptimConfig
+from detr_fast.criterion import SetCriterion
 from detr_fast.data.batch import Target
 from detr_fast.distributed import all_gather_objects, is_distributed, mean_over_processes, world_size
 from detr_fast.finite import Batch, FiniteGuard, image_ids
@@ -229,8 +230,13 @@ class _Loop:
             if bool(heads.isfinite()):  # waits for the device, in an error's path
                 raise
             return {"pred_logits and pred_boxes": heads.detach()}, heads * float("nan")
+        return losses, self._total(losses)
+
+    def _total(self, losses: Losses) -> Tensor:
+        if isinstance(self.criterion, SetCriterion):
+            return self.criterion.total(losses)
         weights: dict[str, float] = self.criterion.weight_dict  # type: ignore[assignment]
-        return losses, torch.stack([losses[name] * weight for name, weight in weights.items() if name in losses]).sum()
+        return torch.stack([losses[name] * weight for name, weight in weights.items() if name in losses]).sum()
 
     def _set_lr(self, epoch: int, done: int) -> float:
         groups = self.state.optimizer.param_groups
