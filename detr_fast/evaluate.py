@@ -19,6 +19,7 @@ from detr_fast.data.coco import seed_worker
 from detr_fast.data.coco_panoptic import open_dataset
 from detr_fast.data.transforms import eval_transforms
 from detr_fast.distributed import all_gather_objects, is_distributed, is_main
+from detr_fast.models.detr import detect
 from detr_fast.models.segmentation import DetrSegm
 from detr_fast.panoptic_evaluator import PanopticEvaluator, PanopticResult
 from detr_fast.postprocess import PostProcess
@@ -72,8 +73,8 @@ def evaluate(
             for samples, targets in loader:
                 batch = ImageBatch.of(samples).to(device, non_blocking=True)
                 with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                    # Few of the masks are looked at.
-                    outputs = module(batch, lazy_masks=True) if isinstance(module, DetrSegm) else module(batch)
+                    # Few of the masks are looked at, and only a criterion looks at other layers than the last.
+                    outputs = detect(module, batch, aux_outputs=None if criterion else False)
                 outputs = _to_float32(outputs)
                 losses.add(outputs, targets, device)
                 results = _postprocess(postprocess, outputs, targets, batch, evaluator)

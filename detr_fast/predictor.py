@@ -18,7 +18,7 @@ from detr_fast.build import model_from_checkpoint
 from detr_fast.data.batch import ImageBatch
 from detr_fast.data.images import load_image, to_rgb
 from detr_fast.data.transforms import eval_transforms
-from detr_fast.models.segmentation import DetrSegm
+from detr_fast.models.detr import detect
 from detr_fast.postprocess import PostProcess
 
 Picture: TypeAlias = "Image.Image | np.ndarray[Any, Any] | Tensor | str | os.PathLike[str]"
@@ -189,9 +189,7 @@ class Predictor:
         device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
         batch = ImageBatch.of([self._transform(picture, {})[0] for picture in pictures]).to(device)
         sizes = [(picture.height, picture.width) for picture in pictures]
-        # Boxes alone are asked for: a mask head need not compute any mask.
-        outputs = self.model(batch, lazy_masks=True) if isinstance(self.model, DetrSegm) else self.model(batch)
-        detections = self._postprocess(outputs, torch.tensor(sizes, device=device))
+        detections = self._postprocess(detect(self.model, batch), torch.tensor(sizes, device=device))
         return [self._select(found, size) for found, size in zip(detections, sizes, strict=True)]
 
     def _select(self, found: Mapping[str, Tensor], size: tuple[int, int]) -> Prediction:

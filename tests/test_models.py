@@ -12,6 +12,7 @@ from torch import nn
 import detr_fast
 from detr_fast import Detr, DetrDemo, ImageBatch, Joiner, PositionEmbeddingLearned, PositionEmbeddingSine, Transformer
 from detr_fast.models.backbone import Backbone, BasicBlock, FrozenBatchNorm2d, ResNet
+from detr_fast.models.detr import detect
 from detr_fast.models.presets import build_backbone
 
 
@@ -40,6 +41,34 @@ def test_outputs() -> None:
     assert ((outputs["pred_boxes"] > 0) & (outputs["pred_boxes"] < 1)).all()
     assert len(outputs["aux_outputs"]) == 2
     assert all(set(aux) == {"pred_logits", "pred_boxes"} for aux in outputs["aux_outputs"])
+
+
+def test_outputs_of_earlier_layers_can_be_left_out() -> None:
+    model, images = small_detr().eval(), torch.randn(2, 3, 32, 64)
+    every = model(images)
+    assert "aux_outputs" in every, "as the original's, in eval mode too"
+    last = model(images, aux_outputs=False)
+    assert set(last) == {"pred_logits", "pred_boxes"}
+    for key, value in last.items():
+        torch.testing.assert_close(value, every[key])
+    model.aux_loss = False
+    assert set(model(images)) == {"pred_logits", "pred_boxes"}
+    assert len(model(images, aux_outputs=True)["aux_outputs"]) == 2
+
+
+def test_detect_asks_for_no_more_than_it_needs() -> None:
+    model, images = small_detr().eval(), torch.randn(1, 3, 32, 64)
+    layers: list[int] = []
+    model.class_embed.register_forward_pre_hook(lambda _, args: layers.append(len(args[0])))
+    assert set(detect(model, images)) == {"pred_logits", "pred_boxes"}
+    assert len(detect(model, images, aux_outputs=None)["aux_outputs"]) == 2
+    assert layers == [1, 3]
+
+    class Plain(nn.Module):
+        def forward(self, samples):
+            return {"pred_logits": samples}
+
+    assert detect(Plain(), images)["pred_logits"] is images
 
 
 @pytest.mark.parametrize("normalize_before", [False, True])

@@ -37,6 +37,14 @@ def test_thresholds_sorts_names_and_scales() -> None:
     assert found.size == (100, 200)
 
 
+def test_runs_the_heads_of_the_last_layer_alone() -> None:
+    model, layers = small_detr(3), []
+    model.aux_loss = True
+    model.class_embed.register_forward_pre_hook(lambda _, args: layers.append(len(args[0])))
+    Predictor(model, size=32)(noise(32, 32))
+    assert layers == [1]
+
+
 def test_nothing_found() -> None:
     (found,) = Predictor(Fixed([[0.2, 0.2]], [[0.5] * 4]))(noise(20, 10))
     assert len(found) == 0 and found.boxes_xyxy_px.shape == (0, 4) and found.to_coco(1) == []

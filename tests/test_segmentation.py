@@ -9,6 +9,7 @@ from small import small_detr
 from torch import Tensor, nn
 
 from detr_fast import Backbone, Detr, DetrSegm, Joiner, PositionEmbeddingSine
+from detr_fast.models.detr import detect
 from detr_fast.models.segmentation import MaskHead
 from detr_fast.models.upsampled_conv import upsampled_conv
 
@@ -140,6 +141,14 @@ def test_masks_are_computed_in_the_precision_of_their_forward_pass() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         masks = model([x.float() for x in images()])["pred_masks"]
     assert masks[torch.tensor([0]), torch.tensor([1])].dtype == torch.bfloat16
+
+
+def test_detection_alone_computes_no_mask_and_one_layer() -> None:
+    model = small_segm().eval()
+    model.mask_head.register_forward_pre_hook(lambda *_: pytest.fail("a mask was computed"))
+    outputs = detect(model, images())
+    assert set(outputs) == {"pred_logits", "pred_boxes", "pred_masks"}
+    assert outputs["pred_masks"].shape[:2] == (2, 7)
 
 
 def test_what_has_no_pyramid_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -58,21 +59,22 @@ class Detr(nn.Module):
         self.backbone = backbone
         self.aux_loss = aux_loss
 
-    def forward(self, samples: Any) -> dict[str, Any]:
+    def forward(self, samples: Any, *, aux_outputs: bool | None = None) -> dict[str, Any]:
         """Detect.
 
         Args:
             samples: normalised images, as ``ImageBatch.of`` takes them: a list of [3, h, w] of any sizes, a tensor
                 [B, 3, H, W], an ``ImageBatch``, or a ``NestedTensor``.
+            aux_outputs: also return the earlier decoder layers' outputs; None: with ``aux_loss``, in eval mode too.
 
         Returns:
             ``pred_logits`` [B, Q, C + 1], the last place being "no object"; ``pred_boxes`` [B, Q, 4], cxcywh as
-            fractions of the image without its padding; with ``aux_loss`` also ``aux_outputs``, a list of such dicts,
-            one for each decoder layer but the last.
+            fractions of the image without its padding; and if asked for ``aux_outputs``, a list of such dicts, one for
+            each decoder layer but the last.
         """
         features, pos = self.backbone(ImageBatch.of(samples))
         src = self.input_proj(features[-1].tensors)
-        return self.outputs(self.transform(src, features[-1], pos[-1])[0])
+        return self.outputs(self.transform(src, features[-1], pos[-1])[0], aux_outputs=aux_outputs)
 
     def transform(self, src: Tensor, features: Any, pos: Tensor) -> tuple[Tensor, Tensor]:
         """Decode a projected feature map.
@@ -90,17 +92,29 @@ class Detr(nn.Module):
             return self.transformer(src, mask, self.query_embed.weight, pos, features.sizes)
         return self.transformer(src, features.mask, self.query_embed.weight, pos)  # as the original's is called
 
-    def outputs(self, hs: Tensor) -> dict[str, Any]:
+    def outputs(self, hs: Tensor, *, aux_outputs: bool | None = None) -> dict[str, Any]:
         """What ``forward`` returns, from the decoder's embeddings [L, B, Q, D]."""
-        if not self.aux_loss:
+        every_layer = self.aux_loss if aux_outputs is None else aux_outputs
+        if not every_layer:
             hs = hs[-1:]
         logits = self.class_embed(hs)
         boxes = self.bbox_embed(hs).sigmoid()
         layers = [{"pred_logits": a, "pred_boxes": b} for a, b in zip(logits, boxes, strict=True)]
         outputs: dict[str, Any] = layers[-1]
-        if self.aux_loss:
+        if every_layer:
             outputs["aux_outputs"] = layers[:-1]
         return outputs
+
+
+def detect(model: nn.Module, samples: Any, *, aux_outputs: bool | None = False) -> dict[str, Any]:
+    """What ``model`` returns for ``samples``, without computing more than is asked for where it can leave that out.
+
+    That is the last decoder layer's outputs, or with ``aux_outputs=None`` those that it is trained with, and masks when
+    they are looked at. A model whose ``forward`` does not take these two arguments is called with ``samples`` alone.
+    """
+    wishes = {"aux_outputs": aux_outputs, "lazy_masks": True}
+    accepted = inspect.signature(model.forward).parameters
+    return model(samples, **{name: value for name, value in wishes.items() if name in accepted})
 
 
 def _gives_positions(backbone: nn.Module) -> bool:

@@ -57,13 +57,16 @@ class DetrSegm(nn.Module):
             self.detr.eval()
         return self
 
-    def forward(self, samples: Any, *, lazy_masks: bool | None = None) -> dict[str, Any]:
+    def forward(
+        self, samples: Any, *, lazy_masks: bool | None = None, aux_outputs: bool | None = None
+    ) -> dict[str, Any]:
         """Detect, with masks.
 
         Args:
             samples: as ``Detr.forward`` takes them.
             lazy_masks: leave the masks uncomputed until some queries are asked for; None: in training, where only the
                 matched ones are.
+            aux_outputs: as of ``Detr.forward``.
 
         Returns:
             What ``Detr.forward`` does, and ``pred_masks``: logits [B, Q, h, w] of the padded images at a quarter of
@@ -79,7 +82,7 @@ class DetrSegm(nn.Module):
         pos = self.detr.backbone[1](features[-1]).to(src.dtype)  # type: ignore[index]
         projected = self.detr.input_proj(src)  # [B, D, h, w]
         hs, memory = self.detr.transform(projected, features[-1], pos)
-        outputs = self.detr.outputs(hs)
+        outputs = self.detr.outputs(hs, aux_outputs=aux_outputs)
         attention = self.bbox_attention(hs[-1], memory, padding)  # [B, Q, H, h, w]
         maps = self.mask_head.image_maps(projected, [level.tensors for level in reversed(features[:-1])])
         masks = QueryMasks(self.mask_head, attention, maps, self.chunk)
