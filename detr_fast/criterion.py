@@ -16,7 +16,7 @@ from detr_fast.matcher import HungarianMatcher
 from detr_fast.ops import CrossEntropy, PackedTargets
 from detr_fast.ops.boxes import cxcywh_to_xyxy, elementwise_giou
 from detr_fast.ops.set_loss.api import stacked_losses
-from detr_fast.targets import check_and_pack
+from detr_fast.targets import check_and_pack, pack
 
 Indices = Sequence[tuple[Tensor, Tensor]]
 
@@ -106,7 +106,7 @@ class SetCriterion(nn.Module):
         if self.validate:
             packed = check_and_pack(targets, self.num_classes, batch_size=len(outputs["pred_logits"]))
         else:
-            packed = PackedTargets.pack(targets)
+            packed = pack(targets)
         num_boxes = self._num_boxes(outputs["pred_logits"], packed)
         layers = [outputs, *outputs.get("aux_outputs", ())]
         # A matcher that matches in its own way is asked layer by layer, as in the original.

@@ -17,6 +17,7 @@ from detr_fast.coco_evaluator import STAT_NAMES, CocoEvaluator, CocoResult
 from detr_fast.data.batch import ImageBatch, Target, collate
 from detr_fast.data.coco import seed_worker
 from detr_fast.data.coco_panoptic import open_dataset
+from detr_fast.data.target_batch import TargetBatch
 from detr_fast.data.transforms import eval_transforms
 from detr_fast.distributed import all_gather_objects, is_distributed, is_main
 from detr_fast.models.detr import detect
@@ -174,7 +175,7 @@ class _MeanLosses:
     def add(self, outputs: dict[str, Any], targets: list[Target], device: torch.device) -> None:
         if self.criterion is None:
             return
-        on_device = [{key: value.to(device, non_blocking=True) for key, value in t.items()} for t in targets]
+        on_device = TargetBatch.of(targets).to(device, non_blocking=True)
         losses = dict(self.criterion(outputs, on_device))
         weights = getattr(self.criterion, "weight_dict", {})
         if weights:

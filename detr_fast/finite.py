@@ -10,10 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from detr_fast.data.batch import ImageBatch, Target
+from detr_fast.data.batch import Target
 from detr_fast.distributed import all_gather_objects, is_distributed
-
-Batch = tuple[ImageBatch, list[Target]]
 
 
 class NonFiniteLossError(RuntimeError):
@@ -117,7 +115,8 @@ def _raise_if_bad(update: _Update) -> None:
         return
     bad = [(batch, batch.bad_terms()) for batch in update.seen]
     batches = [batch for batch, terms in bad if terms] or [batch for batch, _ in bad]
-    targets = [{key: value.cpu() for key, value in target.items()} for batch in batches for target in batch.targets]
+    # Copies, because torch.save takes no views of one buffer that differ in dtype.
+    targets = [{k: v.cpu().clone() for k, v in target.items()} for batch in batches for target in batch.targets]
     terms = sorted({name for _, names in bad for name in names})
     everyone = all_gather_objects((targets, terms))
     # A process whose own losses are finite has nothing to report, unless nobody has.

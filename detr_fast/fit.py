@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,9 +21,11 @@ from torch.utils.data import DataLoader
 
 from detr_fast.config import OptimConfig
 from detr_fast.criterion import SetCriterion
-from detr_fast.data.batch import Target
+from detr_fast.data.batch import ImageBatch
+from detr_fast.data.on_device import DeviceBatch, on_device
+from detr_fast.data.target_batch import TargetBatch
 from detr_fast.distributed import all_gather_objects, is_distributed, mean_over_processes, world_size
-from detr_fast.finite import Batch, FiniteGuard, image_ids
+from detr_fast.finite import FiniteGuard, image_ids
 from detr_fast.targets import check_targets
 from detr_fast.train_state import TrainState
 
@@ -186,10 +188,11 @@ class _Loop:
         if hasattr(self.loader.sampler, "set_epoch"):
             self.loader.sampler.set_epoch(epoch)
         started, images, meter = time.monotonic(), 0, LossMeter(self.criterion.weight_dict)  # type: ignore[arg-type]
-        for done, group in enumerate(_groups(self.loader, self.options.accumulate), start=1):
+        batches = on_device(self._checked_batches(), self.device)
+        for done, group in enumerate(_groups(batches, self.options.accumulate), start=1):
             lr = self._set_lr(epoch, done - 1)
             self._update(epoch, group, meter)
-            images += world_size() * sum(len(targets) for _, targets in group)
+            images += world_size() * sum(len(batch.on_host) for batch in group)
             if done % self.hooks.log_every == 0 or done == self.steps:
                 loss, seconds = meter.recent(), time.monotonic() - started
                 if self.hooks.on_step is not None:
@@ -199,16 +202,25 @@ class _Loop:
         self.guard.finish()
         return EpochReport(epoch, meter.averages(), lr, images, time.monotonic() - started)
 
-    def _update(self, epoch: int, group: Sequence[Batch], meter: LossMeter) -> None:
+    def _checked_batches(self) -> Iterator[tuple[ImageBatch, TargetBatch]]:
+        for images, targets in self.loader:
+            # Here they are still on the host, where looking at their values is free.
+            try:
+                check_targets(targets, self.criterion.num_classes)  # type: ignore[arg-type]
+            except ValueError as error:
+                raise ValueError(f"{error} (image ids of this batch: {image_ids(targets)})") from None
+            yield images, TargetBatch.of(targets)
+
+    def _update(self, epoch: int, group: Sequence[DeviceBatch], meter: LossMeter) -> None:
         self.state.optimizer.zero_grad()
-        for index, (images, targets) in enumerate(group):
+        for index, (images, targets, on_host) in enumerate(group):
             # Gradients are exchanged once an update, with the last batch.
             last = index == len(group) - 1
             with contextlib.nullcontext() if last or not is_distributed() else self.forward.no_sync():  # type: ignore[operator]
                 losses, total = self._losses(images, targets)
-                (total / len(group)).backward()
+                (total / len(group) if len(group) > 1 else total).backward()
             meter.add(losses, total)
-            self.guard.saw(targets, losses, total)
+            self.guard.saw(on_host, losses, total)
         norm = clip_gradients(self.parameters, self.options.clip_max_norm)
         self.guard.check(norm, epoch, self.state.step)
         self.state.optimizer.step()
@@ -216,10 +228,7 @@ class _Loop:
         if self.state.ema is not None:
             self.state.ema.update(self.state.model)
 
-    def _losses(self, images: Any, targets: Sequence[Target]) -> tuple[Losses, Tensor]:
-        _check_targets(targets, self.criterion)
-        images = images.to(self.device, non_blocking=True)
-        targets = [{key: value.to(self.device, non_blocking=True) for key, value in t.items()} for t in targets]
+    def _losses(self, images: ImageBatch, targets: TargetBatch) -> tuple[Losses, Tensor]:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp):
             outputs = self.forward(images)
         try:
@@ -308,16 +317,8 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tenso
     return nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))
 
 
-def _groups(loader: DataLoader[Any], size: int) -> Iterator[list[Batch]]:
+def _groups(batches: Iterable[DeviceBatch], size: int) -> Iterator[list[DeviceBatch]]:
     """The batches of each update: ``size`` of them, fewer at the end."""
-    batches = iter(loader)
-    while group := list(itertools.islice(batches, size)):
+    left = iter(batches)
+    while group := list(itertools.islice(left, size)):
         yield group
-
-
-def _check_targets(targets: Sequence[Target], criterion: nn.Module) -> None:
-    # Here they are still on the host, where looking at their values is free.
-    try:
-        check_targets(targets, criterion.num_classes)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise ValueError(f"{error} (image ids of this batch: {image_ids(targets)})") from None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from detr_fast.data.batch import Target
 from detr_fast.ops import CostWeights, PackedTargets, matching
 from detr_fast.ops.boxes import cxcywh_to_xyxy, elementwise_giou
-from detr_fast.targets import check_and_pack
+from detr_fast.targets import check_and_pack, pack
 
 
 class HungarianMatcher(nn.Module):
@@ -80,7 +80,7 @@ class HungarianMatcher(nn.Module):
         if validate:
             packed = check_and_pack(targets, num_classes=logits[0].shape[-1] - 1, batch_size=len(logits[0]))
         else:
-            packed = PackedTargets.pack(targets)
+            packed = pack(targets)
         return self.match_packed(logits, boxes, packed)
 
     @torch.no_grad()

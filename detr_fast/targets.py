@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from detr_fast.data.batch import Target
+from detr_fast.data.target_batch import TargetBatch
 from detr_fast.ops import PackedTargets
 
 # Resizing and cropping in float32 may leave a box that ends at the image's border this far beyond it.
@@ -38,13 +39,19 @@ def check_targets(targets: Sequence[Target], num_classes: int, batch_size: int |
     """
     _check_all_shapes(targets, batch_size)
     if targets:
-        _check_values(targets, PackedTargets.pack(targets), num_classes)
+        _check_values(targets, pack(targets), num_classes)
+
+
+def pack(targets: Sequence[Target]) -> PackedTargets:
+    """B targets, at least one, one behind the other; of a ``TargetBatch`` as they lie in its buffer already."""
+    packed = targets.packed() if isinstance(targets, TargetBatch) else None
+    return PackedTargets.pack(targets) if packed is None else packed
 
 
 def check_and_pack(targets: Sequence[Target], num_classes: int, batch_size: int) -> PackedTargets:
     """``check_targets``, and the targets one behind the other, B of them at least one."""
     _check_all_shapes(targets, batch_size)
-    packed = PackedTargets.pack(targets)
+    packed = pack(targets)
     _check_values(targets, packed, num_classes)
     return packed
 

@@ -9,6 +9,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from detr_fast.data.target_batch import TargetBatch
+
 Target: TypeAlias = dict[str, Tensor]
 Size: TypeAlias = tuple[int, int]
 
@@ -113,10 +115,10 @@ def pad_images(images: Sequence[Tensor]) -> ImageBatch:
     return ImageBatch(frame, mask, sizes)
 
 
-def collate(samples: Sequence[tuple[Tensor, Target]]) -> tuple[ImageBatch, list[Target]]:
-    """A ``DataLoader``'s ``collate_fn``: (image, target) pairs to one padded batch and the list of targets."""
+def collate(samples: Sequence[tuple[Tensor, Target]]) -> tuple[ImageBatch, TargetBatch]:
+    """A ``DataLoader``'s ``collate_fn``: (image, target) pairs to one padded batch and the targets in one buffer."""
     images, targets = zip(*samples, strict=True)
-    return pad_images(images), list(targets)
+    return pad_images(images), TargetBatch.of(targets)
 
 
 def _shape_of_images(images: Tensor) -> tuple[int, int, int, int]:
