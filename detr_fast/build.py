@@ -32,8 +32,9 @@ IMAGENET_URLS = {
     "resnet101": "https://download.pytorch.org/models/resnet101-63fe2227.pth",
 }
 
-# COCO's panoptic categories: things up to 90, stuff from there on.
+# COCO's panoptic categories: things up to 90, stuff from there on up to 200. The published models have 250 classes.
 COCO_THINGS = {number: number <= 90 for number in range(201)}
+PANOPTIC_CLASSES = 250
 
 # The original's defaults, for what a namespace or a checkpoint does not say.
 DEFAULTS: dict[str, Any] = {
@@ -170,10 +171,13 @@ class CheckpointMeta:
 
     Attributes:
         categories: category id to name; empty where the file has none.
+        is_thing_map: category id to whether it is a thing (True) or stuff; COCO's for a model with COCO's 250 panoptic
+            classes that does not say it; else empty where the file has none.
         args: the original's option names and the values the model was built with.
     """
 
     categories: dict[int, str] = field(default_factory=dict)
+    is_thing_map: dict[int, bool] = field(default_factory=dict)
     args: dict[str, Any] = field(default_factory=dict)
 
 
@@ -197,14 +201,23 @@ def model_from_checkpoint(path: str | os.PathLike[str], **overrides: Any) -> tup
     model = model_from_args(SimpleNamespace(**args))
     load_weights(model, state_dict)
     categories = {int(key): str(name) for key, name in (checkpoint.get("categories") or {}).items()}
-    return model.eval(), CheckpointMeta(categories, args)
+    return model.eval(), CheckpointMeta(categories, _things(checkpoint, args["num_classes"]), args)
+
+
+def _things(checkpoint: Mapping[str, Any], num_classes: int) -> dict[int, bool]:
+    things = checkpoint.get("is_thing_map")
+    if things is None and num_classes == PANOPTIC_CLASSES and not checkpoint.get("categories"):
+        return dict(COCO_THINGS)
+    return {int(key): bool(value) for key, value in (things or {}).items()}
 
 
 def _read_architecture(state_dict: Mapping[str, Tensor], path: str | os.PathLike[str]) -> dict[str, Any]:
     """The options that parameter names and shapes give away."""
     if any(key.startswith("mask_head.") for key in state_dict):  # a DetrSegm, whose detector is under "detr."
         detector = {key.removeprefix("detr."): value for key, value in state_dict.items() if key.startswith("detr.")}
-        return {**_read_architecture(detector, path), "masks": True}
+        architecture = {**_read_architecture(detector, path), "masks": True}
+        # The head's first layer sees the hidden size and an attention map for each head.
+        return {**architecture, "nheads": len(state_dict["mask_head.lay1.bias"]) - architecture["hidden_dim"]}
     try:
         num_queries, hidden_dim = state_dict["query_embed.weight"].shape
         return {
@@ -243,5 +256,5 @@ def _options(args: Any) -> SimpleNamespace:
     options = SimpleNamespace(**(DEFAULTS | {key: value for key, value in vars(args).items() if value is not None}))
     if not hasattr(options, "num_classes"):
         # One more than the largest label, as the original has it for each data set.
-        options.num_classes = {"coco": 91, "coco_panoptic": 250}.get(options.dataset_file, 20)
+        options.num_classes = {"coco": 91, "coco_panoptic": PANOPTIC_CLASSES}.get(options.dataset_file, 20)
     return options

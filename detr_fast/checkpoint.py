@@ -2,8 +2,8 @@
 
 Layout, the original DETR's plus our own entries: ``model``, ``optimizer``, ``lr_scheduler``, ``epoch`` (the last
 finished one, -1 before that), ``args`` (a plain dict with the original's option names), ``categories`` {id: name},
-``ema`` (averaged weights under the names of ``model``, or None), ``best`` (highest AP so far, or None), ``step`` and
-``random_state``.
+``is_thing_map`` {id: whether it is a thing, not stuff}, ``ema`` (averaged weights under the names of ``model``, or
+None), ``best`` (highest AP so far, or None), ``step`` and ``random_state``.
 """
 
 from __future__ import annotations

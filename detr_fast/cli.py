@@ -144,35 +144,57 @@ def predict(
     images: Annotated[list[str], typer.Argument(help="files, folders and glob patterns")],
     checkpoint: Annotated[Path, typer.Option(help="weights, ours or the original's")],
     output: Annotated[Path, typer.Option(help="folder for pictures and predictions.json")] = Path("predictions"),
-    threshold: Annotated[float, typer.Option(min=0, max=1, help="least score of a detection")] = 0.7,
+    threshold: Annotated[
+        float | None, typer.Option(min=0, max=1, help="least score; by default 0.7, with --panoptic 0.85")
+    ] = None,
     annotations: Annotated[Path | None, typer.Option(help="COCO file that gives the images' ids by file name")] = None,
     recursive: Annotated[bool, typer.Option(help="look into folders inside folders")] = False,
     attention: Annotated[bool, typer.Option(help="draw decoder and encoder attention too")] = False,
     point: Annotated[list[str] | None, typer.Option(help="X,Y in pixels: its self-attention in the encoder")] = None,
+    panoptic: Annotated[
+        bool, typer.Option("--panoptic", help="segments of things and stuff in place of boxes")
+    ] = False,
+    categories: Annotated[
+        Path | None, typer.Option(help="COCO file that names the classes and says which are things, not the checkpoint")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="images per batch")] = 1,
     device: Device = "auto",
     size: Size = None,
     max_size: MaxSize = None,
     dilation: Dilation = None,
 ) -> None:
-    """Draw labelled boxes on images and write them in COCO's results format; exit code 1 where an image failed."""
+    """Draw labelled boxes on images and write them in COCO's results format; exit code 1 where an image failed.
+
+    With --panoptic the pictures show segments, and panoptic/ and panoptic.json are in COCO's panoptic format.
+    """
     from detr_fast.predict import AttentionFigures, predict_files
     from detr_fast.predictor import Predictor
     from detr_fast.train import choose_device
 
     figures = AttentionFigures(points_px=[_pair(text) for text in point]) if point else attention
-    sizes: dict[str, Any] = {
-        name: value for name, value in (("size", size), ("max_size", max_size)) if value is not None
+    settings: dict[str, Any] = {
+        name: value
+        for name, value in (("size", size), ("max_size", max_size), ("threshold", threshold))
+        if value is not None
     }
+    if categories is not None:
+        settings.update(_categories(categories))
     predictor = Predictor.from_checkpoint(
         checkpoint,
         model_options=_model_options(dilation),
-        threshold=threshold,
         batch_size=batch_size,
         device=choose_device(device),
-        **sizes,
+        **settings,
     )
-    summary = predict_files(images, predictor, output, annotations=annotations, recursive=recursive, attention=figures)
+    summary = predict_files(
+        images,
+        predictor,
+        output,
+        annotations=annotations,
+        recursive=recursive,
+        attention=figures,
+        panoptic=settings.get("threshold", 0.85) if panoptic else None,
+    )
     print(summary.render(), file=sys.stderr if summary.failed else sys.stdout)
     if summary.failed:
         raise typer.Exit(1)
@@ -211,6 +233,19 @@ def check_data(
 
 def _model_options(dilation: bool | None) -> dict[str, Any]:
     return {} if dilation is None else {"dilation": dilation}
+
+
+def _categories(path: Path) -> dict[str, dict[int, Any]]:
+    """Names, and which are things, of a COCO file; one of instances does not say it, and has things alone."""
+    from detr_fast.data.annotations import AnnotationError, load_json
+
+    listed = load_json(path).get("categories")
+    if not isinstance(listed, list) or not all(isinstance(c, dict) and {"id", "name"} <= c.keys() for c in listed):
+        raise AnnotationError(f"{path}: 'categories' must be a list of entries with 'id' and 'name'")
+    return {
+        "categories": {int(category["id"]): str(category["name"]) for category in listed},
+        "is_thing_map": {int(category["id"]): bool(category.get("isthing", True)) for category in listed},
+    }
 
 
 def _pair(text: str) -> tuple[float, float]:

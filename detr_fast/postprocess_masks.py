@@ -103,10 +103,15 @@ class PostProcessPanoptic(nn.Module):
     Args:
         is_thing_map: class id to whether it is a thing (True) or stuff.
         threshold: queries whose best class is less probable are left out, and those whose best class is "no object".
+
+    Raises:
+        ValueError: ``threshold`` is outside [0, 1].
     """
 
     def __init__(self, is_thing_map: Mapping[int, bool], threshold: float = 0.85) -> None:
         super().__init__()
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold must be in [0, 1], got {threshold}")
         self.is_thing_map = {int(number): bool(is_thing) for number, is_thing in is_thing_map.items()}
         self.threshold = threshold
 

@@ -1,4 +1,4 @@
-"""Detection on image files: pictures with boxes, and results in COCO's format."""
+"""Detection on image files: pictures with boxes or segments, and results in COCO's formats."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from detr_fast.attention_maps import PointError, capture_attention, draw_attenti
 from detr_fast.checkpoint import prepare_output_folder
 from detr_fast.data.annotations import AnnotationError, load_json, name_of
 from detr_fast.data.images import ImageError, load_image
-from detr_fast.drawing import draw_boxes
+from detr_fast.panoptic_prediction import PanopticPrediction
 from detr_fast.predictor import Prediction, Predictor
 
 __all__ = ["FailedFile", "PredictSummary", "Prediction", "Predictor", "find_images", "predict_files"]
@@ -26,6 +26,8 @@ IMAGE_SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".p
 SMALLEST_PICTURE_PX = 400
 # JPEG ends at 65535 pixels a side, and Pillow refuses more than 65500.
 LARGEST_JPEG_PX = 65500
+# Folder of the PNGs of panoptic segmentations.
+SEGMENTS = "panoptic"
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,12 @@ class PredictSummary:
     """What a run over files did.
 
     Attributes:
-        output: the folder with the pictures, ``predictions.json`` and ``images.json``.
+        output: the folder with the pictures, ``images.json``, and ``predictions.json`` or ``panoptic.json``.
         images: one entry for each image done: ``id``, ``file_name`` (as it was given), ``width``, ``height``,
-            ``detections`` (how many), ``picture`` (its file in ``output``), and ``attention`` where that was drawn.
-        predictions: all detections in COCO's results format.
+            ``detections`` or ``segments`` (how many), ``picture`` (its file in ``output``), and ``attention`` where
+            that was drawn.
+        predictions: all detections in COCO's results format, or all images' segments in its panoptic format.
+        categories: of segments, in COCO's panoptic format; None where boxes are predicted.
         failed: the files that were not done.
         unannotated: the files that the annotation file does not name; they have ids beyond its own.
     """
@@ -54,6 +58,7 @@ class PredictSummary:
     predictions: list[dict[str, Any]] = field(default_factory=list)
     failed: list[FailedFile] = field(default_factory=list)
     unannotated: list[Path] = field(default_factory=list)
+    categories: list[dict[str, Any]] | None = None
 
     @property
     def ok(self) -> bool:
@@ -62,15 +67,21 @@ class PredictSummary:
 
     def render(self) -> str:
         """Say it in a few lines."""
-        lines = [f"{len(self.predictions)} detections in {len(self.images)} images, written to {self.output}"]
+        kind = "detections" if self.categories is None else "segments"
+        count = sum(entry[kind] for entry in self.images)
+        lines = [f"{count} {kind} in {len(self.images)} images, written to {self.output}"]
         lines += [f"failed: {failure.path}: {failure.reason}" for failure in self.failed]
         lines += [f"{path} is not in the annotation file: its image id is a new one" for path in self.unannotated]
         return "\n".join(lines)
 
     def write(self) -> None:
-        """Write ``predictions.json`` and ``images.json``."""
+        """Write ``images.json``, and ``predictions.json`` or ``panoptic.json``."""
         failed = [{"file_name": str(failure.path), "error": failure.reason} for failure in self.failed]
-        _write_json(self.output / "predictions.json", self.predictions)
+        if self.categories is None:
+            _write_json(self.output / "predictions.json", self.predictions)
+        else:
+            contents = {"images": self.images, "annotations": self.predictions, "categories": self.categories}
+            _write_json(self.output / "panoptic.json", contents)
         _write_json(self.output / "images.json", {"images": self.images, "failed": failed})
 
 
@@ -96,14 +107,17 @@ def predict_files(
     annotations: str | os.PathLike[str] | dict[str, Any] | None = None,
     recursive: bool = False,
     attention: AttentionFigures | bool = False,
+    panoptic: float | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> PredictSummary:
-    """Detect the objects in image files and write what was found to the folder ``output``.
+    """Detect the objects in image files, or divide them into segments, and write it to the folder ``output``.
 
     Each image gives a picture with labelled boxes (``<name>.jpg``; a second image of the same name ``<name>_2.jpg``)
     and, if asked for, a figure of the attention (``<name>_attention.png``). ``predictions.json`` holds all detections
-    in COCO's results format, ``images.json`` which id belongs to which file. A file that cannot be read is skipped and
-    stands in the summary. An interrupted run (Ctrl-C) leaves whole pictures, and both JSON files of the images done.
+    in COCO's results format, ``images.json`` which id belongs to which file. With ``panoptic`` the picture shows
+    segments with names, and ``panoptic/<name>.png`` and ``panoptic.json`` are in COCO's panoptic format. A file that
+    cannot be read is skipped and stands in the summary. An interrupted run (Ctrl-C) leaves whole pictures, and both
+    JSON files of the images done.
 
     Args:
         inputs: files, folders and glob patterns, in any mixture.
@@ -113,6 +127,7 @@ def predict_files(
             1 in the order of the files.
         recursive: look into the folders inside a folder too.
         attention: whether to draw the attention, and of what.
+        panoptic: segments in place of boxes, of queries whose class is at least so probable.
         on_progress: called after each batch with the number of files done and of all files.
 
     Raises:
@@ -120,19 +135,22 @@ def predict_files(
         CheckpointError: ``output`` cannot be written; known before the first image is read.
         AnnotationError: the annotations do not fit the files.
         ValueError: an output would replace an input.
-        TypeError: attention is asked of a model that is not a ``Detr``.
+        TypeError: attention is asked of a model that is not a ``Detr``, or segments of one without a mask head.
     """
+    categories = None if panoptic is None else _panoptic_categories(predictor)
     figures = AttentionFigures() if attention is True else attention or None
     if figures is not None:
         with capture_attention(predictor.model):
             pass  # a model that has no such attention says so before the first image
     jobs = _plan(find_images(inputs, recursive=recursive), Path(output), annotations)
     unannotated = [job.path for job in jobs if annotations is not None and job.annotation is None]
-    summary = PredictSummary(prepare_output_folder(output), unannotated=unannotated)
+    summary = PredictSummary(prepare_output_folder(output), unannotated=unannotated, categories=categories)
+    if panoptic is not None:
+        prepare_output_folder(summary.output / SEGMENTS)
     try:
         for start in range(0, len(jobs), predictor.batch_size):
             batch = jobs[start : start + predictor.batch_size]
-            _run(batch, predictor, figures, summary)
+            _run(batch, predictor, figures, panoptic, summary)
             if on_progress is not None:
                 on_progress(start + len(batch), len(jobs))
     finally:
@@ -235,7 +253,9 @@ def _output_stems(paths: list[Path]) -> list[str]:
 
 def _check_inputs_survive(paths: list[Path], output: Path, stems: list[str]) -> None:
     folder = os.path.realpath(output)
-    outputs = {os.path.join(folder, stem + ending) for stem in stems for ending in (".jpg", ".png", "_attention.png")}
+    endings = (".jpg", ".png", "_attention.png")
+    outputs = {os.path.join(folder, stem + ending) for stem in stems for ending in endings}
+    outputs |= {os.path.join(folder, SEGMENTS, stem + ".png") for stem in stems}
     for path in paths:
         if os.path.realpath(path) in outputs:
             raise ValueError(f"output must be another folder than {output}: {path} would be replaced by a drawing")
@@ -270,7 +290,13 @@ def _check_entries(paths: list[Path], entries: list[dict[str, Any] | None], sour
             )
 
 
-def _run(batch: list[_Job], predictor: Predictor, figures: AttentionFigures | None, summary: PredictSummary) -> None:
+def _run(
+    batch: list[_Job],
+    predictor: Predictor,
+    figures: AttentionFigures | None,
+    panoptic: float | None,
+    summary: PredictSummary,
+) -> None:
     """Do one batch: read what can be read, detect, and write each image's files before it enters the summary."""
     readable = []
     for job in batch:
@@ -278,31 +304,43 @@ def _run(batch: list[_Job], predictor: Predictor, figures: AttentionFigures | No
             readable.append((job, load_image(job.path, annotated_size=job.annotated_size)))
         except ImageError as error:
             summary.failed.append(FailedFile(job.path, str(error)))
-    predictions = predictor([picture for _, picture in readable]) if readable else []
+    pictures = [picture for _, picture in readable]
+    predictions: Sequence[Prediction | PanopticPrediction] = []
+    if pictures:
+        predictions = predictor(pictures) if panoptic is None else predictor.panoptic(pictures, threshold=panoptic)
     for (job, picture), prediction in zip(readable, predictions, strict=True):
         entry = _image_entry(job, prediction)
-        entry["picture"] = _write_picture(summary.output / job.stem, picture, prediction).name
+        drawn = prediction.draw(picture, min_size=SMALLEST_PICTURE_PX)
+        entry["picture"] = _write_picture(summary.output / job.stem, drawn).name
         if figures is not None:
             _write_attention(job, picture, entry, predictor, figures, summary)
+        if isinstance(prediction, PanopticPrediction):
+            summary.predictions.append(_write_segments(job, prediction, summary.output))
+        else:
+            summary.predictions += prediction.to_coco(job.image_id)
         summary.images.append(entry)
-        summary.predictions += prediction.to_coco(job.image_id)
 
 
-def _image_entry(job: _Job, prediction: Prediction) -> dict[str, Any]:
+def _image_entry(job: _Job, prediction: Prediction | PanopticPrediction) -> dict[str, Any]:
     height, width = prediction.size
-    numbers = {"id": job.image_id, "width": width, "height": height, "detections": len(prediction)}
-    return {**numbers, "file_name": str(job.path)}
+    kind = "segments" if isinstance(prediction, PanopticPrediction) else "detections"
+    return {"id": job.image_id, "width": width, "height": height, kind: len(prediction), "file_name": str(job.path)}
 
 
-def _write_picture(stem: Path, picture: Image.Image, prediction: Prediction) -> Path:
-    drawn = draw_boxes(
-        picture,
-        prediction.boxes_xyxy_px,
-        prediction.labels.tolist(),
-        prediction.names,
-        prediction.scores.tolist(),
-        min_size=SMALLEST_PICTURE_PX,
-    )
+def _panoptic_categories(predictor: Predictor) -> list[dict[str, Any]]:
+    return [
+        {"id": number, "name": predictor.categories.get(number, f"class {number}"), "isthing": int(is_thing)}
+        for number, is_thing in predictor.things().items()
+    ]
+
+
+def _write_segments(job: _Job, prediction: PanopticPrediction, output: Path) -> dict[str, Any]:
+    name = f"{job.stem}.png"
+    _write_whole(output / SEGMENTS / name, lambda partial: partial.write_bytes(prediction.png()))
+    return prediction.to_coco(job.image_id, name)
+
+
+def _write_picture(stem: Path, drawn: Image.Image) -> Path:
     # with_suffix would cut "frame.0001" short.
     if max(drawn.size) <= LARGEST_JPEG_PX:
         path = stem.with_name(stem.name + ".jpg")

@@ -18,8 +18,12 @@ from detr_fast.build import model_from_checkpoint
 from detr_fast.data.batch import ImageBatch
 from detr_fast.data.images import load_image, to_rgb
 from detr_fast.data.transforms import eval_transforms
+from detr_fast.drawing import draw_boxes
 from detr_fast.models.detr import detect
+from detr_fast.models.segmentation import DetrSegm
+from detr_fast.panoptic_prediction import PanopticPrediction
 from detr_fast.postprocess import PostProcess
+from detr_fast.postprocess_masks import PostProcessPanoptic
 
 Picture: TypeAlias = "Image.Image | np.ndarray[Any, Any] | Tensor | str | os.PathLike[str]"
 
@@ -64,6 +68,11 @@ class Prediction:
         centres = (self.boxes_xyxy_px[:, :2] + self.boxes_xyxy_px[:, 2:]) / 2
         return [(min(max(x, 0.0), float(width)), min(max(y, 0.0), float(height))) for x, y in centres.tolist()]
 
+    def draw(self, image: Image.Image, *, min_size: int = 0) -> Image.Image:
+        """Draw the boxes with names and scores on a copy of ``image``; ``min_size`` as of ``draw_boxes``."""
+        labels, scores = self.labels.tolist(), self.scores.tolist()
+        return draw_boxes(image, self.boxes_xyxy_px, labels, self.names, scores, min_size=min_size)
+
     def to_coco(self, image_id: int) -> list[dict[str, Any]]:
         """Give the detections in COCO's results format; ``bbox`` is x, y, width, height in pixels."""
         boxes_xywh_px = torch.cat((self.boxes_xyxy_px[:, :2], self.boxes_xyxy_px[:, 2:] - self.boxes_xyxy_px[:, :2]), 1)
@@ -86,6 +95,7 @@ class Predictor:
         max_size: but the longer side not more than these.
         batch_size: how many images go through the model together; they are padded to a common size.
         device: the model is moved there; None leaves it where it is.
+        is_thing_map: category id to whether it is a thing (True) or stuff, which ``panoptic`` needs to know.
 
     Raises:
         ValueError: ``threshold`` is outside [0, 1], or a size is not positive.
@@ -101,6 +111,7 @@ class Predictor:
         max_size: int = 1333,
         batch_size: int = 1,
         device: torch.device | str | None = None,
+        is_thing_map: Mapping[int, bool] | None = None,
     ) -> None:
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold must be in [0, 1], got {threshold}")
@@ -109,6 +120,7 @@ class Predictor:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.model = model if device is None else model.to(device)
         self.categories = {int(number): name for number, name in (categories or {}).items()}
+        self.is_thing_map = {int(number): bool(thing) for number, thing in (is_thing_map or {}).items()}
         self.threshold = threshold
         self.batch_size = batch_size
         self._transform = eval_transforms(size, max_size)
@@ -118,13 +130,14 @@ class Predictor:
     def from_checkpoint(
         cls, path: str | os.PathLike[str], *, model_options: Mapping[str, Any] | None = None, **settings: Any
     ) -> Predictor:
-        """Rebuild the model of a checkpoint, with its category names.
+        """Rebuild the model of a checkpoint, with its category names and which of them are things.
 
         Args:
             path: the checkpoint.
             model_options: what the file does not tell about its model, such as ``{"dilation": True}`` for a published
                 DC5.
-            settings: of ``Predictor``; ``size`` and ``max_size`` are by default those that the model was evaluated at.
+            settings: of ``Predictor``; ``size`` and ``max_size`` are by default those that the model was evaluated at,
+                ``categories`` and ``is_thing_map`` the checkpoint's.
 
         Raises:
             CheckpointError: the file cannot be read or is not a DETR's.
@@ -133,7 +146,7 @@ class Predictor:
         if "scales" in meta.args:
             settings.setdefault("size", max(meta.args["scales"]))
             settings.setdefault("max_size", meta.args["max_size"])
-        return cls(model, meta.categories, **settings)
+        return cls(model, **{"categories": meta.categories, "is_thing_map": meta.is_thing_map, **settings})
 
     def __call__(self, images: Picture | Sequence[Picture]) -> list[Prediction]:
         """Detect the objects of one or several images.
@@ -157,6 +170,48 @@ class Predictor:
             for start in range(0, len(listed), self.batch_size):
                 predictions += self._predict([to_picture(image) for image in listed[start : start + self.batch_size]])
         return predictions
+
+    def panoptic(self, images: Picture | Sequence[Picture], *, threshold: float = 0.85) -> list[PanopticPrediction]:
+        """Divide one or several images into things and stuff.
+
+        Args:
+            images: as for a call.
+            threshold: queries whose best class is less probable are left out.
+
+        Returns:
+            One ``PanopticPrediction`` for each image. Waits for the device.
+
+        Raises:
+            TypeError: the model has no mask head, or something is no image.
+            ValueError: it is not known which classes are things, ``threshold`` is outside [0, 1], or as for a call.
+            ImageError: a file is no image or damaged.
+        """
+        postprocess = PostProcessPanoptic(self.things(), threshold)
+        listed = _listed(images)
+        found: list[PanopticPrediction] = []
+        with _evaluating(self.model), torch.inference_mode():
+            for start in range(0, len(listed), self.batch_size):
+                pictures = [to_picture(image) for image in listed[start : start + self.batch_size]]
+                batch, processed = self._batch(pictures)
+                frame = (batch.images.shape[-2], batch.images.shape[-1])
+                segments = postprocess.segment(detect(self.model, batch), processed, _sizes(pictures), frame=frame)
+                found += [PanopticPrediction.of(image, self.categories) for image in segments]
+        return found
+
+    def things(self) -> dict[int, bool]:
+        """Class id to whether it is a thing (True) or stuff; what ``is_thing_map`` lacks, as ids between others, is.
+
+        Raises:
+            TypeError, ValueError: as ``panoptic``.
+        """
+        if not isinstance(self.model, DetrSegm):
+            raise TypeError(
+                f"a panoptic segmentation needs a model with a mask head, got a {type(self.model).__name__}"
+            )
+        if not self.is_thing_map:
+            raise ValueError("is_thing_map must say which classes are things: neither the checkpoint nor the call does")
+        classes: int = self.model.detr.class_embed.out_features - 1
+        return dict.fromkeys(range(classes), True) | self.is_thing_map
 
     def attention(
         self,
@@ -186,11 +241,16 @@ class Predictor:
         return AttentionMaps(picture, prediction, decoder, points, encoder)
 
     def _predict(self, pictures: list[Image.Image]) -> list[Prediction]:
+        batch, _ = self._batch(pictures)
+        sizes = torch.tensor(_sizes(pictures), device=batch.images.device)
+        detections = self._postprocess(detect(self.model, batch), sizes)
+        return [self._select(found, size) for found, size in zip(detections, _sizes(pictures), strict=True)]
+
+    def _batch(self, pictures: list[Image.Image]) -> tuple[ImageBatch, list[tuple[int, int]]]:
+        """The model's input, and (height, width) of each image in it."""
+        images = [self._transform(picture, {})[0] for picture in pictures]
         device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
-        batch = ImageBatch.of([self._transform(picture, {})[0] for picture in pictures]).to(device)
-        sizes = [(picture.height, picture.width) for picture in pictures]
-        detections = self._postprocess(detect(self.model, batch), torch.tensor(sizes, device=device))
-        return [self._select(found, size) for found, size in zip(detections, sizes, strict=True)]
+        return ImageBatch.of(images).to(device), [(image.shape[-2], image.shape[-1]) for image in images]
 
     def _select(self, found: Mapping[str, Tensor], size: tuple[int, int]) -> Prediction:
         scores, labels, boxes = (found[key].cpu() for key in ("scores", "labels", "boxes"))
@@ -256,6 +316,10 @@ def _listed(images: Picture | Sequence[Picture]) -> Sequence[Picture]:
     if not listed:
         raise ValueError("images must hold at least one image, got none")
     return listed
+
+
+def _sizes(pictures: list[Image.Image]) -> list[tuple[int, int]]:
+    return [(picture.height, picture.width) for picture in pictures]
 
 
 def _points(prediction: Prediction, picture: Image.Image) -> list[tuple[float, float]]:

@@ -111,7 +111,7 @@ def train(config: TrainConfig) -> TrainResult:
         criterion = criterion_from_args(SimpleNamespace(**args)).to(device)
         val_loader = _loader(val_set, config, training=False)
         with StopSignals() as signals:
-            run = _Run(config, args, train_set.categories, val_loader, criterion, device, progress, signals)
+            run = _Run(config, args, train_set, val_loader, criterion, device, progress, signals)
             return run.fit(state, _loader(train_set, config, training=True))
 
 
@@ -121,7 +121,7 @@ class _Run:
 
     config: TrainConfig
     args: dict[str, Any]
-    categories: dict[int, str]
+    train_set: CocoDetection | CocoPanoptic
     val_loader: DataLoader[Any]
     criterion: nn.Module
     device: torch.device
@@ -194,7 +194,8 @@ class _Run:
         return "segm" if self.config.model.masks else "bbox"
 
     def _checkpoint(self, state: TrainState) -> dict[str, Any]:
-        return {**state.checkpoint(), "args": self.args, "categories": self.categories}
+        data = {"categories": self.train_set.categories, "is_thing_map": self.train_set.is_thing_map}
+        return {**state.checkpoint(), "args": self.args, **data}
 
     def _save(self, checkpoint: Mapping[str, Any], name: str) -> None:
         if is_main():

@@ -65,6 +65,11 @@ class CocoDetection(Dataset[tuple[Any, Target]]):
         self._store_objects(contents["annotations"])
 
     @property
+    def is_thing_map(self) -> dict[int, bool]:
+        """Category id to whether it is a thing: instances are all things."""
+        return dict.fromkeys(self.categories, True)
+
+    @property
     def num_classes(self) -> int:
         """The highest category id + 1: ids may have gaps, and each is its own class."""
         return max(self.categories, default=-1) + 1
