@@ -31,6 +31,7 @@
 namespace py = pybind11;
 
 void bind_attention(py::module_& m);  // bindings_attention.cpp
+void bind_conv(py::module_& m);       // bindings_conv.cpp
 
 namespace {
 
@@ -325,6 +326,7 @@ PYBIND11_MODULE(_C, m) {
               return py::reinterpret_steal<py::object>(made);
           });
     bind_attention(m);
+    bind_conv(m);
     py::class_<MatchingInputs>(m, "MatchingInputs")
         .def(py::init([](bool is_double, const std::array<int64_t, 4>& sizes, Addresses logits, Addresses boxes,
                          Addresses extra, Pair logit_strides, Pair box_strides, uintptr_t labels,

@@ -15,6 +15,7 @@ from detr_fast.ops.add_layer_norm.api import OP as ADD_LAYER_NORM
 from detr_fast.ops.assignment.api import AUCTION
 from detr_fast.ops.assignment.api import OP as ASSIGNMENT
 from detr_fast.ops.attention.api import OP as ATTENTION
+from detr_fast.ops.conv.api import OP as CONV
 from detr_fast.ops.mask_argmax.api import OP as MASK_ARGMAX
 from detr_fast.ops.mask_loss.api import OP as MASK_LOSS
 from detr_fast.ops.matching.api import OP as MATCHING
@@ -33,6 +34,7 @@ OPS = (
     SET_LOSS,
     MASK_LOSS,
     MASK_ARGMAX,
+    CONV,
 )
 
 PACKAGES = ("detr_fast", "torch", "numpy", "scipy", "triton", "torchvision", "pillow", "hotcoco", "safetensors")

@@ -20,6 +20,7 @@ from detr_fast.ops.boxes import (
     pairwise_iou,
     xyxy_to_cxcywh,
 )
+from detr_fast.ops.conv import PackedConv, conv
 from detr_fast.ops.dropout import Dropout
 from detr_fast.ops.mask_argmax import Places, mask_argmax
 from detr_fast.ops.mask_loss import MaskLosses, mask_loss
@@ -38,6 +39,7 @@ __all__ = [
     "MaskLosses",
     "Matching",
     "MatchingCost",
+    "PackedConv",
     "PackedTargets",
     "Places",
     "SetLosses",
@@ -48,6 +50,7 @@ __all__ = [
     "attention",
     "attention_weights",
     "box_area",
+    "conv",
     "cxcywh_to_xyxy",
     "elementwise_giou",
     "elementwise_iou",

@@ -1,0 +1,51 @@
+// The part of the module detr_fast._C that is convolution's.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+
+#include "cpu/conv.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Sizes = std::array<int64_t, 12>;  // in the order of detr_fast_conv
+
+template <typename T>
+T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+detr_fast_conv shape_of(const Sizes& s) {
+    return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11]};
+}
+
+int64_t conv_packed_floats(const Sizes& sizes) {
+    const auto shape = shape_of(sizes);
+    return detr_fast_conv_packed_floats(&shape);
+}
+
+void conv_pack(const Sizes& sizes, uintptr_t weight, uintptr_t packed) {
+    const py::gil_scoped_release release;
+    const auto shape = shape_of(sizes);
+    detr_fast_conv_pack(&shape, at<const float>(weight), at<float>(packed));
+}
+
+void conv_cpu(const Sizes& sizes, uintptr_t x, uintptr_t packed, uintptr_t bias, uintptr_t residual, bool relu,
+              uintptr_t out, int threads) {
+    const py::gil_scoped_release release;
+    const auto shape = shape_of(sizes);
+    detr_fast_conv_cpu(&shape, at<const float>(x), at<const float>(packed), at<const float>(bias),
+                       at<const float>(residual), relu, at<float>(out), threads);
+}
+
+}  // namespace
+
+void bind_conv(py::module_& m) {
+    m.def("conv_packed_floats", &conv_packed_floats);
+    m.def("conv_pack", &conv_pack);
+    m.def("conv_cpu", &conv_cpu);
+}

@@ -1,0 +1,59 @@
+"""Convolution by csrc/cpu/conv.cpp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from detr_fast.ops import _native
+from detr_fast.ops.conv.types import ConvInputs, PackedConv
+
+ALGORITHMS = ("gemm",)
+
+
+def why_not(x: Tensor) -> str | None:
+    if x.device.type != "cpu":
+        return f"there is no native code for {x.device.type} devices"
+    if x.dtype != torch.float32:
+        return f"its native code is for float32, and the map is {x.dtype}"
+    return _native.why_not(x.device)
+
+
+def conv_native(inputs: ConvInputs) -> Tensor:
+    packed, relu = inputs.packed, inputs.relu
+    x = inputs.x.detach().contiguous(memory_format=torch.channels_last)
+    sizes = _sizes(packed, x.shape)
+    out = inputs.out
+    if out is None:
+        batch, rows, columns, channels = sizes[0], *sizes[4:7]
+        out = torch.empty(batch, channels, rows, columns, memory_format=torch.channels_last)
+    residual = inputs.residual
+    if residual is not None:
+        residual = residual.detach().contiguous(memory_format=torch.channels_last)
+    weight = packed.form("gemm", _packed_for_gemm)
+    _native.module().conv_cpu(
+        sizes,
+        x.data_ptr(),
+        weight.data_ptr(),
+        0 if packed.bias is None else packed.bias.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        relu,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _packed_for_gemm(packed: PackedConv) -> Tensor:
+    sizes = _sizes(packed, (1, packed.weight.shape[1], 0, 0))
+    form = torch.empty(_native.module().conv_packed_floats(sizes))
+    _native.module().conv_pack(sizes, packed.weight.data_ptr(), form.data_ptr())
+    return form
+
+
+def _sizes(packed: PackedConv, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """In the order of struct detr_fast_conv, for a map [B, C, H, W]."""
+    batch, channels, height, width = shape
+    out_channels, _, kernel_height, kernel_width = packed.weight.shape
+    of_map = (batch, height, width, channels, *packed.out_size(height, width), out_channels)
+    return *of_map, kernel_height, kernel_width, packed.stride, packed.padding, packed.dilation
