@@ -41,6 +41,18 @@ def test_without_a_position_there_is_one_result(backend: str) -> None:
     check(case, draw(0.3), backend, with_pos=False)
 
 
+@pytest.mark.parametrize("rows", [1, 5, 7000])
+def test_the_quickest_way_without_gradients(rows: int) -> None:
+    case = make_case((rows, 5, 37))
+    with torch.no_grad():
+        found = add_layer_norm(*case[:4], pos=case.pos)
+        alone = add_layer_norm(*case[:4])
+    x, residual, weight, bias, pos = (t.detach().double() for t in case.tensors)
+    y = F.layer_norm(x + residual, weight.shape, weight, bias)
+    for result, exact in zip((*found, alone), (y, y + pos, y), strict=True):
+        torch.testing.assert_close(result.double(), exact, rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("p", [0.0, 0.5])
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)

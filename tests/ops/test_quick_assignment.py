@@ -88,7 +88,8 @@ class TestTakes:
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
 
     def test_other_threads_run_meanwhile(self) -> None:
-        square = torch.rand(1, 700, 700)
+        # All rows want the same columns: it takes long enough for the other thread to be given a core.
+        square = torch.outer(torch.rand(700), torch.rand(700))[None]
         turns: list[int] = []
         done = threading.Event()
 
