@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import where
 from benchmarks.harness import Contest, Contestant
 from benchmarks.shapes import MIXED_MAPS, ONE_MAP, MapShape
 from detr_fast.ops import Dropout, add_layer_norm
@@ -20,7 +21,7 @@ from detr_fast.ops.add_layer_norm.api import OP
 
 Race = Callable[[str, str, Callable[[], Contest]], None]
 Run = Callable[[float], tuple[Tensor, Tensor]]
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = where.device()
 BACKENDS = tuple(i.name for i in OP.implementations)
 COLUMNS, P = 256, 0.1
 

@@ -4,6 +4,9 @@ The costs are float32 and lie as a solver wants them, a target's costs one after
 images, six layers). Each solver of another package is called in its quickest way: where all problems have one size,
 its batch call; else a loop, unless its batch call takes the counts. Contestants whose call takes longer than a third
 of a second do not take part. The floor is reading the costs once, as torch sums them with all threads.
+
+On a GPU the costs lie there: SciPy gets a copy of them, torch-linear-assignment gets them as they are, and the other
+packages do not take part.
 """
 
 from __future__ import annotations
@@ -19,14 +22,16 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from benchmarks import costs
+from benchmarks import costs, where
 from benchmarks.harness import Contest, Contestant
 from benchmarks.peers import PEERS, Peer, as_matching
 from benchmarks.shapes import COCO_LARGE
 from detr_fast.ops import assignment
+from detr_fast.ops.assignment.api import OP
 
 Race = Callable[[str, str, Callable[[], Contest]], None]
 OURS = ("native", "reference")
+TORCH = "torch-linear-assignment"
 LONGEST_CALL = 1 / 3  # seconds
 
 
@@ -70,10 +75,11 @@ CASES = (
     *(single(n, n, costs.uniform) for n in (10, 100, 1000, 2000)),
     *(single(q, t, kind) for kind in (costs.untrained, costs.alike) for q, t in ((300, 100), (900, 300))),
 )
+MARKED = [pytest.param(p, id=p.name, marks=[pytest.mark.large] * (max(p.counts) >= 1000)) for p in CASES]
 
 
 @pytest.mark.parametrize("contestant", [*(peer.name for peer in PEERS), *OURS])
-@pytest.mark.parametrize("problems", CASES, ids=lambda problems: problems.name)
+@pytest.mark.parametrize("problems", MARKED)
 def test_assignment(race: Race, problems: Problems, contestant: str) -> None:
     race(f"assignment {problems.name}", contestant, lambda: contest(problems))
 
@@ -81,24 +87,50 @@ def test_assignment(race: Race, problems: Problems, contestant: str) -> None:
 def contest(problems: Problems) -> Contest:
     """All solvers that are here and quick enough, SciPy first."""
     cost = problems.draw()
-    skipped = {peer.name: reason for peer in PEERS if (reason := peer.why_not()) is not None}
-    for peer in PEERS[1:]:
-        if peer.name not in skipped and (seconds := seconds_of_all(peer, problems, cost.numpy())) > LONGEST_CALL:
-            skipped[peer.name] = f"a call takes {seconds:.1f} s"
-    contestants = [peer_contestant(peer, problems, cost.numpy()) for peer in PEERS if peer.name not in skipped]
-    for backend in OURS:
-        reason = why_not(backend)
+    contestants, skipped = peers_on_gpu(problems, cost) if on_gpu() else peers_on_cpu(problems, cost.numpy())
+    for backend, reason in OP.reasons(where.device()).items():
         if reason is None:
-            contestants.append(Contestant(backend, our_call(backend, problems, cost)))
+            contestants.append(Contestant(backend, our_call(backend, problems, cost.to(where.device()))))
         else:
             skipped[backend] = reason
     expected = [linear_sum_assignment(c[:t]) for c, t in zip(cost.numpy(), problems.counts, strict=True)]
     return Contest(
         contestants,
         lambda found: check(found, cost.numpy(), problems.counts, expected),
+        str(where.device()),
         floors=[costs_read_once(problems)],
         skipped=skipped,
     )
+
+
+def on_gpu() -> bool:
+    return where.device().type == "cuda"
+
+
+def peers_on_cpu(problems: Problems, cost: np.ndarray) -> tuple[list[Contestant], dict[str, str]]:
+    """The solvers of other packages that are here and quick enough; and the others, with the reason."""
+    skipped = {peer.name: reason for peer in PEERS if (reason := peer.why_not()) is not None}
+    for peer in PEERS[1:]:
+        if peer.name not in skipped and (seconds := seconds_of_all(peer, problems, cost)) > LONGEST_CALL:
+            skipped[peer.name] = f"a call takes {seconds:.1f} s"
+    return [peer_contestant(peer, problems, cost) for peer in PEERS if peer.name not in skipped], skipped
+
+
+def peers_on_gpu(problems: Problems, cost: Tensor) -> tuple[list[Contestant], dict[str, str]]:
+    """SciPy with a copy to the host, and the one package that has a kernel."""
+    on_device, counts = cost.to(where.device()), problems.counts
+
+    def scipy() -> list[Any]:
+        return [linear_sum_assignment(c[:t]) for c, t in zip(on_device.cpu().numpy(), counts, strict=True)]
+
+    skipped = {peer.name: "it has no kernel for a GPU" for peer in PEERS[1:]}
+    try:
+        from torch_linear_assignment import batch_linear_assignment
+    except ImportError as error:
+        return [Contestant("scipy", scipy)], skipped | {TORCH: f"{TORCH} is not installed: {error}"}
+    del skipped[TORCH]
+    on_gpu = Contestant(TORCH, lambda: list(batch_linear_assignment(on_device).cpu().numpy()))
+    return [Contestant("scipy", scipy), on_gpu], skipped
 
 
 def peer_contestant(peer: Peer, problems: Problems, cost: np.ndarray) -> Contestant:
@@ -118,15 +150,6 @@ def our_call(backend: str, problems: Problems, cost: Tensor) -> Callable[[], Ten
     return lambda: assignment(queries_first, counts, backend=backend)
 
 
-def why_not(backend: str) -> str | None:
-    """The reason why a backend cannot run here, or None."""
-    try:
-        assignment(torch.zeros(1, 1, 1), [1], backend=backend)
-    except NotImplementedError as error:
-        return str(error)
-    return None
-
-
 def seconds_of_all(peer: Peer, problems: Problems, cost: np.ndarray) -> float:
     """About how long it takes for the batch, from its time for the problem with most targets."""
     one, largest = peer.solve_one(), max(range(len(cost)), key=lambda p: problems.counts[p])
@@ -138,7 +161,7 @@ def seconds_of_all(peer: Peer, problems: Problems, cost: np.ndarray) -> float:
 
 def costs_read_once(problems: Problems) -> Contestant:
     """The sum of as many numbers as there are costs."""
-    numbers = torch.rand(problems.queries * sum(problems.counts))
+    numbers = torch.rand(problems.queries * sum(problems.counts), device=where.device())
     return Contestant("floor: costs read", lambda: numbers.sum())
 
 
@@ -151,7 +174,7 @@ def check(
     """
     for p, (count, (targets, queries)) in enumerate(zip(counts, expected, strict=True)):
         if isinstance(found, Tensor):
-            np.testing.assert_array_equal(found[p, :count].numpy(), queries, err_msg=f"problem {p}")
+            np.testing.assert_array_equal(found[p, :count].cpu().numpy(), queries, err_msg=f"problem {p}")
             continue
         matching = as_matching(found[p], count)
         assert len(set(matching)) == count, f"problem {p}: {len(set(matching))} queries for {count} targets"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks import where
 from benchmarks.harness import Contest, Contestant
 from benchmarks.shapes import DILATED_MAP, MIXED_MAPS, ONE_MAP, MapShape
 from detr_fast.ops import Dropout, TokenOffsets, attention
@@ -25,7 +26,7 @@ from detr_fast.ops.attention.api import OP
 Race = Callable[[str, str, Callable[[], Contest]], None]
 Run = Callable[[float], Tensor]
 HEADS, SIZE, DROPOUT = 8, 32, 0.1
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = str(where.device())
 SDPA = {
     "sdpa-math": SDPBackend.MATH,
     "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -144,12 +145,6 @@ RUNS: dict[str, Callable[[Batch, float], Tensor]] = {
 WITHOUT_DROPOUT = ("varlen", "flex", "sdpa")
 
 
-@cache
-def reason(name: str, case: str, p: float) -> str | None:
-    """Why a contestant cannot take part in a case, or None."""
-    return why_not(name, batch(*CASES[case]), p)
-
-
 def why_not(name: str, b: Batch, p: float) -> str | None:
     """Why a contestant cannot run here, or None."""
     if name not in RUNS:
@@ -175,9 +170,16 @@ def step(run: Callable[[Batch, float], Tensor], b: Batch, p: float) -> Tensor:
     return torch.autograd.grad(out, leaves, b.grad)[2]
 
 
-def contest(case: str, p: float) -> Contest:
+def multiplications(b: Batch) -> Contestant:
+    """Those of both products, in a single one of square matrices, where a machine is quickest."""
+    pairs = sum(q * k for q, k in zip(b.query_offsets.lengths, b.key_offsets.lengths, strict=True))
+    side = round((2 * HEADS * SIZE * pairs) ** (1 / 3))
+    matrix = torch.randn(side, side, device=DEVICE)
+    return Contestant("floor: multiplications", lambda: matrix @ matrix)
+
+
+def contest(b: Batch, p: float) -> Contest:
     """Everybody who can run, checked against float64."""
-    b = batch(*CASES[case])
     double = Batch(tuple(x.double() for x in b.leaves), b.query_offsets, b.key_offsets, b.grad.double())  # type: ignore[arg-type]
     leaves = tuple(x.requires_grad_() for x in double.leaves)
     out = original(double, 0.0)
@@ -190,8 +192,14 @@ def contest(case: str, p: float) -> Contest:
         cosine = F.cosine_similarity(found.flatten(), expected.flatten(), dim=0)
         assert cosine > 0.8, f"{cosine=}"
 
-    names = [name for name in CONTESTANTS if reason(name, case, p) is None]
-    return Contest([Contestant(name, partial(step, RUNS[name], b, p)) for name in names], check, DEVICE)
+    reasons = {name: why_not(name, b, p) for name in CONTESTANTS}
+    return Contest(
+        [Contestant(name, partial(step, RUNS[name], b, p)) for name, why in reasons.items() if why is None],
+        check,
+        DEVICE,
+        floors=[multiplications(b)] if p == 0 else [],
+        skipped={name: why for name, why in reasons.items() if why is not None},
+    )
 
 
 CASES = {
@@ -201,21 +209,18 @@ CASES = {
     "cross one": (ONE_MAP, True),
     "cross mixed-4": (MIXED_MAPS, True),
 }
+LARGE = ("encoder dilated-one",)
+cases = pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.large] * (c in LARGE)) for c in CASES])
+contestants = pytest.mark.parametrize("contestant", CONTESTANTS)
 
 
-@pytest.mark.parametrize("contestant", CONTESTANTS)
-@pytest.mark.parametrize("case", CASES)
+@contestants
+@cases
 def test_inference(race: Race, case: str, contestant: str) -> None:
-    why = reason(contestant, case, 0.0)
-    if why is not None:
-        pytest.skip(why)
-    race(f"attention inference {case}", contestant, lambda: contest(case, 0.0))
+    race(f"attention inference {case}", contestant, lambda: contest(batch(*CASES[case]), 0.0))
 
 
-@pytest.mark.parametrize("contestant", CONTESTANTS)
-@pytest.mark.parametrize("case", CASES)
+@contestants
+@cases
 def test_training(race: Race, case: str, contestant: str) -> None:
-    why = reason(contestant, case, DROPOUT)
-    if why is not None:
-        pytest.skip(why)
-    race(f"attention training {case}", contestant, lambda: contest(case, DROPOUT))
+    race(f"attention training {case}", contestant, lambda: contest(batch(*CASES[case]), DROPOUT))

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import costs
-from benchmarks.bench_assignment import Race, why_not
+from benchmarks import costs, where
+from benchmarks.bench_assignment import Race
 from benchmarks.harness import Contest, Contestant
 from detr_fast.ops import AssignmentReport, assignment, solve_assignment
+from detr_fast.ops.assignment.api import OP
 
 METHODS = ("shortest_path", "auction")
 # (Q, T)
@@ -42,12 +43,15 @@ def products(targets: int, queries: int, generator: torch.Generator) -> Tensor:
 KINDS = (costs.uniform, hundred_integers, million_integers, costs.alike, distances, products)
 CASES = [(kind, *size) for size in SQUARES for kind in KINDS if (kind, size) != (products, (2000, 2000))]  # seconds
 CASES += [(kind, *size) for size in RECTANGLES for kind in (costs.uniform, costs.alike)]
+MARKED = [pytest.param(*case, marks=[pytest.mark.large] * (case[1] >= 1000)) for case in CASES]
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("kind", "queries", "targets"), CASES, ids=lambda of: getattr(of, "__name__", of))
+@pytest.mark.parametrize(("kind", "queries", "targets"), MARKED, ids=lambda of: getattr(of, "__name__", of))
 def test_auction(race: Race, kind: Callable[..., Tensor], queries: int, targets: int, method: str) -> None:
-    reason = why_not("native")
+    reason = (
+        "the auction has no kernel for a GPU" if where.device().type == "cuda" else OP.reasons(where.device())["native"]
+    )
     if reason is not None:
         pytest.skip(reason)
     race(f"auction {kind.__name__} {queries}x{targets}", method, lambda: contest(kind, queries, targets))

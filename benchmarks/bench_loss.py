@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import original_criterion
+from benchmarks import original_criterion, where
 from benchmarks.bench_matching import inputs
 from benchmarks.harness import Contest, Contestant
 from benchmarks.shapes import LOSS_SHAPES, Shape
@@ -41,7 +41,7 @@ def contest(shape: Shape) -> Contest:
             prediction.requires_grad_()
     criterion = SetCriterion(
         shape.num_classes, HungarianMatcher(1, 5, 2), WEIGHTS, 0.1, ["labels", "boxes", "cardinality"]
-    )
+    ).to(where.device())
     outputs = layers[-1] | {"aux_outputs": layers[:-1]}
 
     def original_way() -> list[Tensor]:
@@ -63,6 +63,7 @@ def contest(shape: Shape) -> Contest:
     return Contest(
         [Contestant(name, way) for name, way in zip(CONTESTANTS, ways, strict=True)],
         lambda found: torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6),
+        str(where.device()),
     )
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import original_masks
+from benchmarks import original_masks, where
 from benchmarks.harness import Contest, Contestant
 from benchmarks.shapes import MASKS, MaskShape
 from detr_fast import PostProcessPanoptic
@@ -27,11 +27,13 @@ CHUNK = 16  # DetrSegm's
 THINGS = {number: number <= 90 for number in range(201)}
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("contestant", CONTESTANTS)
 def test_inference(race: Race, contestant: str) -> None:
     race(f"mask head inference {MASKS.name}", contestant, lambda: inference(MASKS))
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("contestant", CONTESTANTS)
 def test_training(race: Race, contestant: str) -> None:
     race(f"mask head training {MASKS.name}", contestant, lambda: training(MASKS))
@@ -49,7 +51,8 @@ def inputs(shape: MaskShape) -> tuple[MaskHead, Tensor, Tensor, list[Tensor]]:
     projected = torch.randn(1, 256, *shape.map_size(32))
     attention = torch.rand(1, shape.num_queries, 8, *shape.map_size(32))
     pyramid = [torch.randn(1, 64 * stride, *shape.map_size(stride)) for stride in (16, 8, 4)]
-    return head, projected, attention, pyramid
+    device = where.device()
+    return head.to(device), projected.to(device), attention.to(device), [x.to(device) for x in pyramid]
 
 
 def inference(shape: MaskShape) -> Contest:
@@ -66,17 +69,21 @@ def inference(shape: MaskShape) -> Contest:
 
     expected = original()
     contestants = [Contestant("original", original), Contestant("detr_fast", ours)]
-    return Contest(contestants, lambda masks: torch.testing.assert_close(masks, expected, rtol=0, atol=1e-5))
+    return Contest(
+        contestants,
+        lambda masks: torch.testing.assert_close(masks, expected, rtol=0, atol=1e-5),
+        str(where.device()),
+    )
 
 
 def training(shape: MaskShape) -> Contest:
     """The gradients of the features and of the head's parameters."""
     head, projected, attention, pyramid = inputs(shape)
     wanted = [x.requires_grad_() for x in (projected, attention, *pyramid)] + list(head.parameters())
-    queries = torch.randperm(shape.num_queries)[: shape.num_targets].sort().values
-    targets = rectangles(shape)
-    target = {"masks": targets, "labels": torch.zeros(len(targets), dtype=torch.int64)}
-    indices = [(queries, torch.arange(len(targets)))]
+    queries = torch.randperm(shape.num_queries)[: shape.num_targets].sort().values.to(where.device())
+    targets = rectangles(shape).to(where.device())
+    target = {"masks": targets, "labels": torch.zeros(len(targets), dtype=torch.int64, device=where.device())}
+    indices = [(queries, torch.arange(len(targets), device=where.device()))]
 
     def original() -> list[Tensor]:
         masks = original_masks.mask_head(head, projected, attention, pyramid)
@@ -96,7 +103,7 @@ def training(shape: MaskShape) -> Contest:
             assert error < 5e-3, error
 
     expected = exact_gradients(head, projected, attention[:, queries], pyramid, targets)
-    return Contest([Contestant("original", original), Contestant("detr_fast", ours)], check)
+    return Contest([Contestant("original", original), Contestant("detr_fast", ours)], check, str(where.device()))
 
 
 def exact_gradients(
@@ -127,7 +134,7 @@ def postprocess(shape: MaskShape) -> Contest:
     logits[0, range(shape.num_queries), torch.randint(1, 201, (shape.num_queries,))] = 12
     logits[0, torch.arange(shape.num_queries) % 3 > 0, 250] = 24
     blobs = F.interpolate(torch.randn(1, shape.num_queries, 8, 8), shape.map_size(4), mode="bicubic")
-    outputs = {"pred_logits": logits, "pred_masks": 6 * blobs}
+    outputs = {"pred_logits": logits.to(where.device()), "pred_masks": 6 * blobs.to(where.device())}
     module = PostProcessPanoptic(THINGS)
     size, photograph = shape.image_size, shape.photograph_size
 
@@ -145,4 +152,4 @@ def postprocess(shape: MaskShape) -> Contest:
         assert [c for c, _ in segments] == [c for c, _ in expected] and len(segments) > 15, segments
         assert all(abs(a - b) <= 3 for (_, a), (_, b) in zip(segments, expected, strict=True)), (segments, expected)
 
-    return Contest([Contestant("original", original), Contestant("detr_fast", ours)], check)
+    return Contest([Contestant("original", original), Contestant("detr_fast", ours)], check, str(where.device()))

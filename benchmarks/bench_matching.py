@@ -14,12 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import original, padded
+from benchmarks import original, padded, where
 from benchmarks.harness import Contest, Contestant
 from benchmarks.shapes import MATCHING_SHAPES, Shape
 from detr_fast import HungarianMatcher
 from detr_fast.matcher import matched_pairs
 from detr_fast.ops import CostWeights, PackedTargets, matching
+from detr_fast.ops.matching.api import OP
 
 Race = Callable[[str, str, Callable[[], Contest]], None]
 WEIGHTS = CostWeights(cost_class=1, cost_bbox=5, cost_giou=2)
@@ -30,20 +31,7 @@ CONTESTANTS = ("original", "padded", "transformers", "detr_fast", "match_layers"
 @pytest.mark.parametrize("contestant", CONTESTANTS)
 @pytest.mark.parametrize("shape", MATCHING_SHAPES, ids=lambda shape: shape.name)
 def test_matching(race: Race, shape: Shape, contestant: str) -> None:
-    reason = why_not(contestant) if contestant in BACKENDS else None
-    if reason is not None:
-        pytest.skip(reason)
     race(f"matching {shape.name}", contestant, lambda: contest(shape))
-
-
-def why_not(backend: str) -> str | None:
-    """The reason why a backend cannot run here, or None."""
-    targets = PackedTargets(torch.zeros(1, dtype=torch.int64), torch.rand(1, 4), [1])
-    try:
-        matching([torch.rand(1, 1, 1)], [torch.rand(1, 1, 4)], targets, backend=backend)
-    except NotImplementedError as error:
-        return str(error)
-    return None
 
 
 def contest(shape: Shape) -> Contest:
@@ -60,6 +48,8 @@ def contest(shape: Shape) -> Contest:
 
     expected = total_costs(original.match_layers(layers, targets), layers, targets)
     theirs, skipped = transformers_matcher(layers, targets)
+    reasons = OP.reasons(where.device())
+    skipped |= {name: reason for name, reason in reasons.items() if reason is not None}
     return Contest(
         [
             Contestant("original", lambda: original.match_layers(layers, targets)),
@@ -67,9 +57,10 @@ def contest(shape: Shape) -> Contest:
             *theirs,
             Contestant("detr_fast", lambda: [matcher(outputs, targets) for outputs in layers]),
             Contestant("match_layers", lambda: matcher.match_layers(layers, targets)),
-            *(op(backend) for backend in BACKENDS if why_not(backend) is None),
+            *(op(backend) for backend, reason in reasons.items() if reason is None),
         ],
         lambda found: check_matches(as_pairs(found, targets), layers, targets, expected),
+        str(where.device()),
         floors=floors(logits),
         skipped=skipped,
     )
@@ -103,7 +94,7 @@ def as_pairs(found: Tensor | list[original.Matches], targets: Sequence[dict[str,
     if not isinstance(found, Tensor):
         return found
     counts = [len(target["labels"]) for target in targets]
-    return [[matched_pairs(image) for image in layer.split(counts)] for layer in found]
+    return [[matched_pairs(image) for image in layer.split(counts)] for layer in found.cpu()]
 
 
 def inputs(shape: Shape) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
@@ -113,18 +104,19 @@ def inputs(shape: Shape) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor
     def boxes(*lead: int) -> Tensor:
         size = 0.02 + 0.5 * torch.rand(*lead, 2, generator=generator) ** 2
         centre = size / 2 + (1 - size) * torch.rand(*lead, 2, generator=generator)
-        return torch.cat([centre, size], -1)
+        return torch.cat([centre, size], -1).to(where.device())
 
     def logits() -> Tensor:
-        return torch.randn(shape.batch, shape.num_queries, shape.num_classes + 1, generator=generator)
+        size = (shape.batch, shape.num_queries, shape.num_classes + 1)
+        return torch.randn(size, generator=generator).to(where.device())
+
+    def labels(count: int) -> Tensor:
+        return torch.randint(shape.num_classes, (count,), generator=generator).to(where.device())
 
     layers = [
         {"pred_logits": logits(), "pred_boxes": boxes(shape.batch, shape.num_queries)} for _ in range(shape.num_layers)
     ]
-    targets = [
-        {"labels": torch.randint(shape.num_classes, (count,), generator=generator), "boxes": boxes(count)}
-        for count in shape.targets
-    ]
+    targets = [{"labels": labels(count), "boxes": boxes(count)} for count in shape.targets]
     return layers, targets
 
 

@@ -8,32 +8,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import original
-from benchmarks.bench_matching import BACKENDS, WEIGHTS, cost_of_image, inputs
+from benchmarks import original, where
+from benchmarks.bench_matching import WEIGHTS, cost_of_image, inputs
 from benchmarks.harness import Contest, Contestant
 from benchmarks.shapes import MATCHING_SHAPES, Shape
 from detr_fast.ops import PackedTargets, matching_cost
+from detr_fast.ops.matching_cost.api import OP
 
 Race = Callable[[str, str, Callable[[], Contest]], None]
 
 
-@pytest.mark.parametrize("contestant", ["original", *BACKENDS])
+@pytest.mark.parametrize("contestant", ["original", *(i.name for i in OP.implementations)])
 @pytest.mark.parametrize("shape", MATCHING_SHAPES, ids=lambda shape: shape.name)
 def test_matching_cost(race: Race, shape: Shape, contestant: str) -> None:
-    reason = why_not(contestant) if contestant in BACKENDS else None
-    if reason is not None:
-        pytest.skip(reason)
     race(f"matching_cost {shape.name}", contestant, lambda: contest(shape))
-
-
-def why_not(backend: str) -> str | None:
-    """The reason why a backend cannot run here, or None."""
-    targets = PackedTargets(torch.zeros(1, dtype=torch.int64), torch.rand(1, 4), [1])
-    try:
-        matching_cost([torch.rand(1, 1, 1)], [torch.rand(1, 1, 4)], targets, backend=backend)
-    except NotImplementedError as error:
-        return str(error)
-    return None
 
 
 def contest(shape: Shape) -> Contest:
@@ -41,6 +29,7 @@ def contest(shape: Shape) -> Contest:
     layers, targets = inputs(shape)
     logits, boxes = [x["pred_logits"] for x in layers], [x["pred_boxes"] for x in layers]
     packed = PackedTargets.pack(targets)
+    reasons = OP.reasons(where.device())
 
     def op(backend: str) -> Contestant:
         return Contestant(backend, lambda: matching_cost(logits, boxes, packed, WEIGHTS, backend=backend).cost)
@@ -51,9 +40,11 @@ def contest(shape: Shape) -> Contest:
     return Contest(
         [
             Contestant("original", lambda: [original.all_pairs_cost(outputs, targets) for outputs in layers]),
-            *(op(backend) for backend in BACKENDS if why_not(backend) is None),
+            *(op(backend) for backend, reason in reasons.items() if reason is None),
         ],
         lambda cost: check_cost(cost, shape, expected),
+        str(where.device()),
+        skipped={name: reason for name, reason in reasons.items() if reason is not None},
     )
 
 

@@ -7,16 +7,17 @@ and a backward pass with dropout 0.1, without the optimiser.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks import where
 from benchmarks.harness import Contest, Contestant
 from benchmarks.original_transformer import OriginalTransformer
-from benchmarks.shapes import MAP_SHAPES, MIXED_MAPS, ONE_MAP, MapShape
+from benchmarks.shapes import DILATED_MAP, MAP_SHAPES, MIXED_MAPS, ONE_MAP, MapShape
 from detr_fast import Transformer
 
 Race = Callable[[str, str, Callable[[], Contest]], None]
@@ -24,14 +25,20 @@ Arguments = tuple[Tensor, Tensor, Tensor, Tensor]
 CONTESTANTS = ("original", "original-sdpa", "detr_fast")
 
 
+def params(shapes: Iterable[MapShape], large: MapShape) -> pytest.MarkDecorator:
+    """The shapes by name, the large one marked."""
+    marked = [pytest.param(s, id=s.name, marks=[pytest.mark.large] * (s == large)) for s in shapes]
+    return pytest.mark.parametrize("shape", marked)
+
+
 @pytest.mark.parametrize("contestant", CONTESTANTS)
-@pytest.mark.parametrize("shape", MAP_SHAPES, ids=lambda shape: shape.name)
+@params(MAP_SHAPES, large=DILATED_MAP)
 def test_inference(race: Race, shape: MapShape, contestant: str) -> None:
     race(f"transformer inference {shape.name}", contestant, lambda: inference(shape))
 
 
 @pytest.mark.parametrize("contestant", CONTESTANTS)
-@pytest.mark.parametrize("shape", [ONE_MAP, MIXED_MAPS], ids=lambda shape: shape.name)
+@params([ONE_MAP, MIXED_MAPS], large=MIXED_MAPS)
 def test_training(race: Race, shape: MapShape, contestant: str) -> None:
     race(f"transformer training {shape.name}", contestant, lambda: training(shape))
 
@@ -46,7 +53,7 @@ def models(dropout: float) -> dict[str, nn.Module]:
     }
     for model in found.values():
         model.load_state_dict(ours.state_dict())
-    return {**found, "detr_fast": ours}
+    return {name: model.to(where.device()) for name, model in {**found, "detr_fast": ours}.items()}
 
 
 def inputs(shape: MapShape) -> Arguments:
@@ -56,7 +63,8 @@ def inputs(shape: MapShape) -> Arguments:
     for image, (height, width) in zip(mask, shape.cells, strict=True):
         image[:height, :width] = False
     src, pos = torch.randn(batch, 256, *frame), torch.randn(batch, 256, *frame)
-    return src, mask, torch.randn(shape.num_queries, 256), pos
+    device = where.device()
+    return src.to(device), mask.to(device), torch.randn(shape.num_queries, 256, device=device), pos.to(device)
 
 
 def inference(shape: MapShape) -> Contest:
@@ -70,19 +78,20 @@ def inference(shape: MapShape) -> Contest:
             return contestants[name].eval()(*arguments, *more)[0]
 
     with torch.inference_mode():
-        exact = OriginalTransformer().eval().double()
+        exact = OriginalTransformer().eval().double().to(where.device())
         exact.load_state_dict(contestants["original"].state_dict())
         expected = exact(src.double(), mask, query_embed.double(), pos.double())[0].float()
     return Contest(
         [Contestant(name, partial(run, name)) for name in CONTESTANTS],
         lambda hs: torch.testing.assert_close(hs, expected, rtol=1e-4, atol=1e-4),
+        str(where.device()),
     )
 
 
 def training(shape: MapShape) -> Contest:
     """Gradients of all parameters. Dropout draws differ, so only their size and direction can be checked."""
     contestants, arguments = models(0.1), inputs(shape)
-    weights = torch.randn(6, len(shape.sizes), shape.num_queries, 256)
+    weights = torch.randn(6, len(shape.sizes), shape.num_queries, 256, device=where.device())
 
     def run(model: nn.Module, more: list[object]) -> Tensor:
         hs = model(*arguments, *more)[0]
@@ -102,6 +111,7 @@ def training(shape: MapShape) -> Contest:
             for name, model in contestants.items()
         ],
         check,
+        str(where.device()),
     )
 
 

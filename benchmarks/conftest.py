@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,8 +10,13 @@ from typing import Any
 
 import pytest
 
-from benchmarks import machine
+from benchmarks import machine, where
+from benchmarks.guard import Floors
 from benchmarks.harness import Contest, Timing, WrongResult, compare
+from benchmarks.results_file import table, write_results
+
+# --benchmark-quick: about as long each contestant is timed, and in how many rounds at least.
+QUICK_SECONDS, QUICK_ROUNDS = 0.05, 3
 
 
 @dataclass
@@ -19,11 +24,14 @@ class Results:
     """The contests of this run by name: their timings, or why there are none."""
 
     timings: dict[str, list[Timing]] = field(default_factory=dict)
+    parts: dict[str, dict[str, list[Timing]]] = field(default_factory=dict)  # by contest and part of a call
     refused: dict[str, WrongResult] = field(default_factory=dict)
     skipped: dict[str, dict[str, str]] = field(default_factory=dict)  # by contest, who does not take part, and why
+    too_slow: dict[str, dict[str, str]] = field(default_factory=dict)  # by contest, who is below a floor
 
 
 RESULTS = pytest.StashKey[Results]()
+FLOORS = pytest.StashKey[Floors]()
 
 
 class Tape:
@@ -51,28 +59,49 @@ def tape_clock() -> float:
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("detr_fast benchmarks")
     group.addoption("--benchmark", action="store_true", help="Run the benchmarks, which are skipped otherwise.")
+    group.addoption("--benchmark-quick", action="store_true", help="Few rounds, and none of the large sizes.")
+    group.addoption("--benchmark-device", metavar="DEVICE", help="cpu or cuda; the GPU where there is one.")
     group.addoption("--benchmark-results", metavar="FILE", help="Write machine, versions and all timings as JSON.")
+    group.addoption(
+        "--benchmark-floors",
+        metavar="FILE",
+        help="Run only contests with a floor in this file, and fail where a ratio is below its floor twice.",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "large: a benchmark that --benchmark-quick leaves out")
     config.stash[RESULTS] = Results()
+    floors, device = config.getoption("--benchmark-floors"), config.getoption("--benchmark-device")
+    try:
+        config.stash[FLOORS] = Floors.read(Path(floors)) if floors else Floors(1.0, {})
+        if device:
+            where.choose(device)
+    except (OSError, KeyError, ValueError) as error:
+        raise pytest.UsageError(str(error)) from error
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
-    """``bench_*.py`` holds tests, beside the names pytest looks for by itself."""
-    if file_path.suffix == ".py" and file_path.name.startswith("bench_"):
+    """``bench_*.py`` holds tests, beside the names pytest looks for by itself, and the files that it is given."""
+    named = parent.session.isinitpath(file_path)
+    if file_path.suffix == ".py" and file_path.name.startswith("bench_") and not named:
         return pytest.Module.from_parent(parent, path=file_path)
     return None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
-    for item in items:
-        if here not in item.path.parents:
-            continue
+    benchmarks = [item for item in items if here in item.path.parents]
+    for number, item in enumerate(benchmarks, start=1):
         item.add_marker(pytest.mark.benchmark(timer=tape_clock))
+        item.stash[PLACE] = f"{number} of {len(benchmarks)}"
         if not config.getoption("--benchmark"):
             item.add_marker(pytest.mark.skip(reason="a benchmark: runs with --benchmark"))
+        elif config.getoption("--benchmark-quick") and item.get_closest_marker("large"):
+            item.add_marker(pytest.mark.skip(reason="large: left out by --benchmark-quick"))
+
+
+PLACE = pytest.StashKey[str]()
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -90,31 +119,70 @@ def race(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[str, str, 
     """Hold a contest, once for all its contestants, and record one contestant's timing in pytest-benchmark."""
 
     def run(name: str, contestant: str, build: Callable[[], Contest]) -> None:
-        results = request.config.stash[RESULTS]
+        config = request.config
+        results, floors = config.stash[RESULTS], config.stash[FLOORS]
+        if config.getoption("--benchmark-floors") and name not in floors.measured:
+            pytest.skip("no floor is kept for this contest")
         if name not in results.timings and name not in results.refused:
-            hold(name, build(), request.config, results)
+            show_progress(config, f"[{request.node.stash[PLACE]}] {name}")
+            hold(name, build(), config)
         if name in results.refused:
             raise results.refused[name]
         if contestant in results.skipped[name]:
             pytest.skip(results.skipped[name][contestant])
         timing = next(t for t in results.timings[name] if t.name == contestant)
-        benchmark.group = name
-        benchmark.extra_info.update(ratio=timing.ratio, peak_bytes=timing.peak_bytes)
-        seconds = iter(timing.seconds)
-        benchmark.pedantic(TAPE.play, args=(seconds,), rounds=len(timing.seconds))
+        record(benchmark, name, timing)
+        if contestant in results.too_slow[name]:
+            pytest.fail(results.too_slow[name][contestant], pytrace=False)
 
     return run
 
 
-def hold(name: str, contest: Contest, config: pytest.Config, results: Results) -> None:
-    """Run a contest for about ``--benchmark-max-time`` a contestant, at least ``--benchmark-min-rounds`` rounds."""
+def hold(name: str, contest: Contest, config: pytest.Config) -> None:
+    """Run a contest for about ``--benchmark-max-time`` a contestant, at least ``--benchmark-min-rounds`` rounds.
+
+    It is held once more where a contestant is below its floor: a machine may be busy for a moment.
+    """
     seconds_each = float(config.getoption("--benchmark-max-time"))
     min_rounds = config.getoption("--benchmark-min-rounds")
+    if config.getoption("--benchmark-quick"):
+        seconds_each, min_rounds = min(seconds_each, QUICK_SECONDS), min(min_rounds, QUICK_ROUNDS)
+    results, floors = config.stash[RESULTS], config.stash[FLOORS]
     results.skipped[name] = contest.skipped
     try:
-        results.timings[name] = compare(contest, seconds_each=seconds_each, min_rounds=min_rounds)
+        for _ in range(2):
+            results.timings[name] = compare(contest, seconds_each=seconds_each, min_rounds=min_rounds)
+            results.too_slow[name] = floors.too_slow(name, results.timings[name])
+            if not results.too_slow[name]:
+                break
+        if contest.parts is not None:
+            results.parts[name] = contest.parts()
     except WrongResult as error:
+        results.timings.pop(name, None)
         results.refused[name] = error
+
+
+def record(benchmark: Any, name: str, timing: Timing) -> None:
+    """Play a contestant's durations to pytest-benchmark."""
+    benchmark.group = name
+    benchmark.extra_info.update(ratio=timing.ratio, peak_bytes=timing.peak_bytes)
+    if timing.kernels is not None:
+        benchmark.extra_info.update(kernels=timing.kernels, host_waits=timing.host_waits)
+    seconds = iter(timing.seconds)
+    benchmark.pedantic(TAPE.play, args=(seconds,), rounds=len(timing.seconds))
+
+
+STARTED = time.monotonic()
+
+
+def show_progress(config: pytest.Config, text: str) -> None:
+    """Begin a line on the terminal, past pytest's capturing of output; pytest goes on in it."""
+    capture = config.pluginmanager.getplugin("capturemanager")
+    reporter = config.pluginmanager.getplugin("terminalreporter")
+    if reporter is None or config.get_verbosity() < -1:
+        return
+    with capture.global_and_fixture_disabled():
+        reporter.write(f"\n{time.monotonic() - STARTED:5.0f} s {text} ", flush=True)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -123,56 +191,31 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.section(name, sep="-")
         for line in table(timings):
             terminalreporter.write_line(line)
+    for name, parts in results.parts.items():
+        for part, timings in parts.items():
+            terminalreporter.section(f"{name}, {part}", sep="-")
+            for line in table(timings):
+                terminalreporter.write_line(line)
     for name, error in results.refused.items():
         terminalreporter.section(f"{name}: refused", sep="-", red=True)
         terminalreporter.write_line(str(error))
+    for floor in unheld_floors(config):
+        terminalreporter.write_line(f"a floor was not held, its contestant did not run: {floor}", red=True)
     file = config.getoption("--benchmark-results")
     if file:
-        write_results(Path(file), results)
+        write_results(Path(file), results.timings, results.parts, results.refused, results.skipped)
         terminalreporter.write_line(f"written: {file}")
 
 
-def table(timings: list[Timing]) -> list[str]:
-    """One line a contestant: median, quartiles, ratio to the first with its quartiles, peak memory, share of floor."""
-    header = (
-        f"{'contestant':<24} {'median':>11} {'quartiles':>23} {'ratio':>8} {'quartiles':>17} "
-        f"{'peak memory':>12} {'of floor':>8}"
-    )
-    return [header, *(row(timing) for timing in timings)]
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A floor that nothing was held to is a failure too."""
+    if session.exitstatus == pytest.ExitCode.OK and unheld_floors(session.config):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-def row(timing: Timing) -> str:
-    """One contestant's line of the table."""
-    low, high = (1e3 * value for value in timing.spread)
-    ratio_low, ratio_high = timing.ratio_spread
-    share = "" if timing.floor_share is None else f"{100 * timing.floor_share:.0f} %"
-    return (
-        f"{timing.name:<24} {1e3 * timing.median:>8.4g} ms {low:>9.4g} - {high:>8.4g} ms {timing.ratio:>7.2f}x "
-        f"{ratio_low:>7.2f} - {ratio_high:>6.2f}x {timing.peak_bytes / 2**20:>8.1f} MiB {share:>8}"
-    )
-
-
-def write_results(file: Path, results: Results) -> None:
-    """Machine, versions, commit, command and every timing of this run as JSON, a line a contestant."""
-    contests = {name: [as_json(timing) for timing in timings] for name, timings in results.timings.items()}
-    refused = {name: str(error) for name, error in results.refused.items()}
-    head = {**machine.describe(), "refused": refused, "skipped": results.skipped}
-    lines = [f'"{key}": {json.dumps(value)}' for key, value in head.items()]
-    entries = [f'"{name}": [\n  ' + ",\n  ".join(map(json.dumps, contests[name])) + "\n ]" for name in contests]
-    lines.append('"contests": {\n ' + ",\n ".join(entries) + "\n}")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-
-
-def as_json(timing: Timing) -> dict[str, Any]:
-    """A contestant's timing; its durations to four digits."""
-    return {
-        "contestant": timing.name,
-        "median_seconds": timing.median,
-        "quartiles_seconds": timing.spread,
-        "ratio_to_first": timing.ratio,
-        "ratio_quartiles": timing.ratio_spread,
-        "peak_bytes": timing.peak_bytes,
-        "floor_share": timing.floor_share,
-        "seconds": [float(f"{seconds:.4g}") for seconds in timing.seconds],
-    }
+def unheld_floors(config: pytest.Config) -> list[str]:
+    """Floors without a timing; none where ``-k`` picks a part."""
+    results = config.stash[RESULTS]
+    if config.getoption("--collect-only") or config.getoption("-k") or results.refused:
+        return []
+    return config.stash[FLOORS].unheld(results.timings)

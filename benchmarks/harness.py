@@ -23,11 +23,16 @@ import torch
 
 Check = Callable[[Any], None]
 
-# The first rounds fill caches and choose algorithms; they are measured only to choose the number of rounds.
+# The first rounds fill caches and choose algorithms; they are measured only to choose the number of rounds. One is
+# enough where a call takes so many seconds that nothing is cold in the rest of it.
 WARMUP_ROUNDS = 3
+LONG_ROUND = 1.0
 MOST_ROUNDS = 200
 # Seconds. Calls shorter than this are repeated within a turn: one alone measures how fast a processor at rest wakes up.
 SHORTEST_TURN = 1e-3
+# Seconds. A turn begins with a call that is not timed and brings code and data back into the caches, which a call
+# longer than this does for itself.
+LONG_CALL = 0.1
 # Seconds before each turn. The threads of OpenMP (torch's, and some packages' own) wait for work at full speed for 16
 # milliseconds after a call, on the cores that the next contestant's threads need.
 REST = 0.02
@@ -57,6 +62,8 @@ class Timing:
         peak_bytes: most memory of torch's allocator held at once during one call, over what was held before it.
         floor_share: what the machine needs at least (the longest floor of the contest), as a share of the median; None
             without a floor, and of a floor.
+        kernels: how many kernels a call launches; None on the CPU.
+        host_waits: how often the host waits for the device in a call; None on the CPU.
     """
 
     name: str
@@ -65,6 +72,8 @@ class Timing:
     ratio_spread: tuple[float, float]
     peak_bytes: int
     floor_share: float | None = None
+    kernels: int | None = None
+    host_waits: int | None = None
 
     @property
     def median(self) -> float:
@@ -87,6 +96,7 @@ class Contest:
         device: where the work happens; on CUDA every call is timed until the device has finished.
         floors: what every contestant does at least, such as reading the inputs once; timed in the same turns.
         skipped: contestants that do not take part, by name, and why.
+        parts: times the parts of a call, by name, each as if it were a contest of its own.
     """
 
     contestants: Sequence[Contestant]
@@ -94,6 +104,7 @@ class Contest:
     device: str = "cpu"
     floors: Sequence[Contestant] = ()
     skipped: dict[str, str] = field(default_factory=dict)
+    parts: Callable[[], dict[str, list[Timing]]] | None = None
 
     @property
     def timed(self) -> list[Contestant]:
@@ -114,20 +125,30 @@ def compare(contest: Contest, *, seconds_each: float = 1.0, min_rounds: int = 5)
     """
     for contestant in contest.contestants:
         refuse_unless_right(contestant, contest.check)
-    warmup = take_turns(contest, WARMUP_ROUNDS)
-    calls = {name: max(1, math.ceil(SHORTEST_TURN / median(seconds))) for name, seconds in warmup.items()}
-    turn = REST + max((calls[name] + 1) * median(seconds) for name, seconds in warmup.items())
-    rounds = max(min_rounds, min(MOST_ROUNDS, math.ceil(seconds_each / turn)))
-    seconds = take_turns(contest, rounds, calls)
-    peaks = {c.name: peak_memory(c.run, contest.device) for c in contest.timed}
+    warmup = warm_up(contest)
+    turns = {name: Turn.of(median(seconds)) for name, seconds in warmup.items()}
+    longest = REST + max(turns[name].calls * median(seconds) for name, seconds in warmup.items())
+    rounds = max(min_rounds, min(MOST_ROUNDS, math.ceil(seconds_each / longest)))
+    seconds = take_turns(contest, rounds, turns)
     baseline = seconds[contest.contestants[0].name]
-    timings = [summarise(c.name, seconds[c.name], baseline, peaks[c.name]) for c in contest.timed]
+    timings = [summarise(c.name, seconds[c.name], baseline, peak_memory(c.run, contest.device)) for c in contest.timed]
+    if torch.device(contest.device).type == "cuda":
+        counts = [device_calls(c.run) for c in contest.timed]
+        timings = [replace(t, kernels=k, host_waits=w) for t, (k, w) in zip(timings, counts, strict=True)]
     floor = max((median(seconds[c.name]) for c in contest.floors), default=None)
     runners = len(contest.contestants)
     return [
         replace(timing, floor_share=floor / timing.median) if floor is not None and place < runners else timing
         for place, timing in enumerate(timings)
     ]
+
+
+def warm_up(contest: Contest) -> dict[str, list[float]]:
+    """The durations of the first rounds."""
+    first = take_turns(contest, 1)
+    if sum(sum(seconds) for seconds in first.values()) > LONG_ROUND:
+        return first
+    return take_turns(contest, WARMUP_ROUNDS - 1)
 
 
 def refuse_unless_right(contestant: Contestant, check: Check) -> None:
@@ -138,10 +159,28 @@ def refuse_unless_right(contestant: Contestant, check: Check) -> None:
         raise WrongResult(f"{contestant.name} is wrong, so no speed is given: {error}") from error
 
 
-def take_turns(contest: Contest, rounds: int, calls: dict[str, int] | None = None) -> dict[str, list[float]]:
+@dataclass(frozen=True)
+class Turn:
+    """How often a contestant is called in a turn: first ``untimed`` times, then ``timed`` times on the clock."""
+
+    untimed: int = 1
+    timed: int = 1
+
+    @staticmethod
+    def of(seconds: float) -> Turn:
+        """For calls of this duration."""
+        return Turn(int(seconds < LONG_CALL), max(1, math.ceil(SHORTEST_TURN / seconds)))
+
+    @property
+    def calls(self) -> int:
+        """Altogether."""
+        return self.untimed + self.timed
+
+
+def take_turns(contest: Contest, rounds: int, turns: dict[str, Turn] | None = None) -> dict[str, list[float]]:
     """Time every contestant once a round, in an order drawn anew each round, without the garbage collector.
 
-    A turn is one call, or as many as ``calls`` says for the contestant; its duration is that of one of them.
+    A turn is a call after another, or what ``turns`` says for the contestant; its duration is that of one call.
     """
     wait = torch.cuda.synchronize if torch.device(contest.device).type == "cuda" else nothing
     contestants = contest.timed
@@ -153,24 +192,25 @@ def take_turns(contest: Contest, rounds: int, calls: dict[str, int] | None = Non
     try:
         for _ in range(rounds):
             for contestant in order.sample(contestants, len(contestants)):
-                repeats = 1 if calls is None else calls[contestant.name]
-                seconds[contestant.name].append(time_turn(contestant.run, repeats, wait))
+                turn = Turn() if turns is None else turns[contestant.name]
+                seconds[contestant.name].append(time_turn(contestant.run, turn, wait))
     finally:
         if gc_was_enabled:
             gc.enable()
     return seconds
 
 
-def time_turn(run: Callable[[], Any], repeats: int, wait: Callable[[], None]) -> float:
-    """Seconds of a call, after one that is not timed and brings code and data back into the caches."""
+def time_turn(run: Callable[[], Any], turn: Turn, wait: Callable[[], None]) -> float:
+    """Seconds of a call."""
     time.sleep(REST)
-    run()
-    wait()
-    start = time.perf_counter()
-    for _ in range(repeats):
+    for _ in range(turn.untimed):
         run()
     wait()
-    return (time.perf_counter() - start) / repeats
+    start = time.perf_counter()
+    for _ in range(turn.timed):
+        run()
+    wait()
+    return (time.perf_counter() - start) / turn.timed
 
 
 def nothing() -> None:
@@ -206,20 +246,56 @@ def peak_memory(run: Callable[[], Any], device: torch.device | str = "cpu") -> i
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     held = peak = 0
-    for change in allocations(profile):
+    for change in allocations(trace_events(profile)):
         held += change
         peak = max(peak, held)
     return peak
 
 
-def allocations(profile: torch.profiler.profile) -> list[int]:
-    """Bytes taken (positive) and given back (negative) on the CPU, in the order of time.
+def allocations(events: Sequence[dict[str, Any]]) -> list[int]:
+    """Bytes taken (positive) and given back (negative) on the CPU, in the order of time."""
+    memory = [e for e in events if e.get("name") == "[memory]" and e["args"].get("Device Type") == 0]
+    return [e["args"]["Bytes"] for e in sorted(memory, key=lambda e: e["ts"])]
 
-    Read from the exported trace, which is the only public place where single allocations stand.
-    """
+
+def device_calls(run: Callable[[], Any]) -> tuple[int, int]:
+    """Kernels that ``run()`` launches on CUDA, and calls in it that make the host wait for the device."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=activities) as profile:
+        with torch.profiler.record_function(COUNTED):
+            run()
+        torch.cuda.synchronize()
+    events = trace_events(profile)
+    return kernels_of(events), waits_of(events)
+
+
+COUNTED = "counted by the harness"
+# Of CUDA's runtime and driver. A copy from the device to pageable memory is followed by one of them in PyTorch.
+WAITS = ("StreamSynchronize", "DeviceSynchronize", "EventSynchronize", "CtxSynchronize", "cudaMemcpy", "cudaFree")
+
+
+def kernels_of(events: Sequence[dict[str, Any]]) -> int:
+    """Kernels that ran on the device, those of a CUDA graph one by one."""
+    return sum(event.get("cat") == "kernel" for event in events)
+
+
+def waits_of(events: Sequence[dict[str, Any]]) -> int:
+    """Calls that wait, while the part named COUNTED ran: the profiler waits too, before and after."""
+    (counted,) = (e for e in events if e.get("name") == COUNTED and e.get("cat") == "user_annotation")
+    start, end = counted["ts"], counted["ts"] + counted["dur"]
+    return sum(
+        event.get("cat") in ("cuda_runtime", "cuda_driver")
+        and start <= event["ts"] <= end
+        and (event["name"] in WAITS or event["name"].removeprefix("cuda").removeprefix("cu") in WAITS)
+        for event in events
+    )
+
+
+def trace_events(profile: torch.profiler.profile) -> list[dict[str, Any]]:
+    """Of the exported trace, which is the only public place where single allocations and calls of the driver stand."""
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    memory = [e for e in events if e.get("name") == "[memory]" and e["args"].get("Device Type") == 0]
-    return [e["args"]["Bytes"] for e in sorted(memory, key=lambda e: e["ts"])]
+        events: list[dict[str, Any]] = json.loads(trace.read_text())["traceEvents"]
+    return events

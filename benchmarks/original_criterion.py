@@ -59,7 +59,7 @@ def matched(targets: Targets, key: str, matches: Matches) -> Tensor:
 
 def cross_entropy(layer: Layer, targets: Targets, matches: Matches, class_weight: Tensor) -> Tensor:
     logits = layer["pred_logits"]
-    classes = torch.full(logits.shape[:2], logits.shape[-1] - 1, dtype=torch.int64)
+    classes = torch.full(logits.shape[:2], logits.shape[-1] - 1, dtype=torch.int64, device=logits.device)
     classes[places(matches)] = matched(targets, "labels", matches)
     return F.cross_entropy(logits.transpose(1, 2), classes, class_weight)
 
@@ -77,7 +77,7 @@ def class_error(layer: Layer, targets: Targets, matches: Matches) -> Tensor:
 @torch.no_grad()
 def cardinality_error(layer: Layer, targets: Targets) -> Tensor:
     logits = layer["pred_logits"]
-    lengths = torch.as_tensor([len(target["labels"]) for target in targets])
+    lengths = torch.as_tensor([len(target["labels"]) for target in targets], device=logits.device)
     predicted = (logits.argmax(-1) != logits.shape[-1] - 1).sum(1)
     return F.l1_loss(predicted.float(), lengths.float())
 

@@ -73,7 +73,7 @@ def panoptic(
         for numbers in alike.values() if join else ():
             for number in numbers if len(numbers) > 1 else ():
                 ids.masked_fill_(ids.eq(number), numbers[0])
-        picture = Image.fromarray(colors(ids.numpy())).resize(target[::-1], Image.Resampling.NEAREST)
+        picture = Image.fromarray(colors(ids.cpu().numpy())).resize(target[::-1], Image.Resampling.NEAREST)
         read = np.asarray(picture).astype(np.int64)
         final = torch.from_numpy(read[..., 0] + 256 * read[..., 1] + 65536 * read[..., 2])
         areas = [final.eq(number).sum().item() for number in range(len(maps))]
