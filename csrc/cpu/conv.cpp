@@ -28,107 +28,138 @@ struct Layer {
     int64_t pixels() const { return shape.batch * shape.out_height * shape.out_width; }
 };
 
-// Where the pixels lie whose sum is one of the result's pixels, for the rows of a tile.
-template <int rows>
-class Addresses {
-  public:
-    explicit Addresses(const Layer& layer) : layer_(layer), left_(layer.taps() * rows) {}
+// A panel's part for the taps that are multiplied at once should stay in L2 beside the pixels that it meets.
+constexpr int64_t most_depth = 1024;
+constexpr int64_t most_input = 96 * 1024;  // floats
+constexpr int64_t most_rows = 192;
 
-    // Of the result's pixels `first` to `first + count - 1`; rows beyond them repeat the last.
-    void place(int64_t first, int64_t count) {
-        const auto& s = layer_.shape;
-        for (int64_t r = 0; r < rows; ++r) {
-            const int64_t pixel = first + std::min(r, count - 1);
-            const int64_t row = pixel / s.out_width, image = row / s.out_height;
-            const int64_t top = row % s.out_height * s.stride - s.padding;
-            const int64_t left = pixel % s.out_width * s.stride - s.padding;
-            const float* const map = layer_.x + image * s.height * s.width * s.channels;
-            const float** to = left_.data() + r;
-            for (int64_t i = 0; i < s.kernel_height; ++i) {
-                const int64_t y = top + i * s.dilation;
-                for (int64_t j = 0; j < s.kernel_width; ++j, to += rows) {
-                    const int64_t x = left + j * s.dilation;
-                    const bool inside = y >= 0 && y < s.height && x >= 0 && x < s.width;
-                    *to = inside ? map + (y * s.width + x) * s.channels : layer_.zeros;
+// Where the pixels lie whose weighted sum is a pixel of the result, for every tap and each of a tile's rows.
+void place_tile(const Layer& layer, int64_t first, int64_t count, int64_t rows, const float** left) {
+    const auto& s = layer.shape;
+    for (int64_t r = 0; r < rows; ++r) {
+        const int64_t pixel = first + std::min(r, count - 1);  // rows beyond the last pixel repeat it
+        const int64_t row = pixel / s.out_width, image = row / s.out_height;
+        const int64_t top = row % s.out_height * s.stride - s.padding;
+        const int64_t start = pixel % s.out_width * s.stride - s.padding;
+        const float* const map = layer.x + image * s.height * s.width * s.channels;
+        const float** to = left + r;
+        for (int64_t i = 0; i < s.kernel_height; ++i) {
+            const int64_t y = top + i * s.dilation;
+            for (int64_t j = 0; j < s.kernel_width; ++j, to += rows) {
+                const int64_t x = start + j * s.dilation;
+                const bool inside = y >= 0 && y < s.height && x >= 0 && x < s.width;
+                *to = inside ? map + (y * s.width + x) * s.channels : layer.zeros;
+            }
+        }
+    }
+}
+
+// Pixels [first, end) of the result: for some taps at a time and a panel after the other, so that what a panel holds
+// for these taps meets all of the pixels while it is near.
+template <int Bytes>
+class Block {
+  public:
+    Block(const Layer& layer, int64_t first, int64_t end, const float** left)
+        : layer_(layer), first_(first), end_(end), left_(left) {}
+
+    DETR_FAST_INLINE void run() {
+        const int64_t taps = layer_.taps(), columns = layer_.shape.out_channels;
+        const int64_t at_once = std::max<int64_t>(1, most_depth / layer_.shape.channels);
+        for (int64_t p = first_; p < end_; p += rows) {
+            place_tile(layer_, p, std::min<int64_t>(rows, end_ - p), rows, left_ + (p - first_) * taps);
+        }
+        for (tap_ = 0; tap_ < taps; tap_ += at_once) {
+            taps_ = std::min(at_once, taps - tap_);
+            for (int64_t c = 0; c < columns; c += Tile<Bytes>::columns) {
+                for (int64_t p = first_; p < end_; p += rows) {
+                    const int64_t row_count = std::min<int64_t>(rows, end_ - p);
+                    const int64_t column_count = std::min<int64_t>(Tile<Bytes>::columns, columns - c);
+                    const bool whole = row_count == rows && column_count == Tile<Bytes>::columns;
+                    if (whole) whole_tile(p, c);
+                    if (!whole) part_of_tile(p, row_count, c, column_count);
                 }
             }
         }
     }
 
-    const float* const* of_taps() const { return left_.data(); }
-
   private:
-    const Layer& layer_;
-    std::vector<const float*> left_;  // [taps, rows]
-};
+    using Floats = typename Tile<Bytes>::Floats;
+    static constexpr int rows = Tile<Bytes>::rows, width = Registers<Bytes>::width;
 
-// Pixels [first, end) of the result.
-struct Pixels {
-    const Layer& layer;
-    int64_t first, end;
+    bool is_first() const { return tap_ == 0; }
+    bool is_last() const { return tap_ + taps_ == layer_.taps(); }
 
-    template <int Bytes>
-    bool run() const {
-        Addresses<Tile<Bytes>::rows> addresses(layer);
-        for (int64_t pixel = first; pixel < end; pixel += Tile<Bytes>::rows) {
-            const int64_t count = std::min<int64_t>(Tile<Bytes>::rows, end - pixel);
-            addresses.place(pixel, count);
-            for (int64_t c = 0; c < layer.shape.out_channels; c += Tile<Bytes>::columns) {
-                const bool whole = count == Tile<Bytes>::rows && c + Tile<Bytes>::columns <= layer.shape.out_channels;
-                if (whole) whole_tile<Bytes>(addresses.of_taps(), pixel, c);
-                if (!whole) part_of_tile<Bytes>(addresses.of_taps(), pixel, count, c);
-            }
-        }
-        return true;
-    }
-
-    template <int Bytes>
-    DETR_FAST_INLINE void whole_tile(const float* const* left, int64_t pixel, int64_t column) const {
-        using Floats = typename Tile<Bytes>::Floats;
-        constexpr int width = Registers<Bytes>::width;
-        const int64_t step = layer.shape.out_channels, place = pixel * step + column;
-        const float* const bias = layer.bias + column;
-        const float* const residual = layer.residual;
-        float* const out = layer.out + place;
+    DETR_FAST_INLINE void whole_tile(int64_t pixel, int64_t column) const {
+        const int64_t step = layer_.shape.out_channels, place = pixel * step + column;
+        const float* const bias = layer_.bias + column;
+        const float* const added = is_first() ? layer_.residual : layer_.out;
+        float* const out = layer_.out + place;
+        const Floats lowest = Floats{} + (layer_.relu && is_last() ? 0.0f : -__builtin_inff());
         const auto start = [&](auto r, auto v) DETR_FAST_LAMBDA {
-            Floats sum = load_as<Floats>(bias + v * width);
-            if (residual != nullptr) sum += load_as<Floats>(residual + place + r * step + v * width);
+            Floats sum = is_first() ? load_as<Floats>(bias + v * width) : Floats{};
+            if (added != nullptr) sum += load_as<Floats>(added + place + r * step + v * width);
             return sum;
         };
-        const Floats lowest = Floats{} + (layer.relu ? 0.0f : -__builtin_inff());
         const auto finish = [&](auto r, auto v, const Floats& sum)
                                 DETR_FAST_LAMBDA { store_as(out + r * step + v * width, sum < lowest ? lowest : sum); };
-        multiply<Bytes>(left, column, start, finish);
+        multiply(pixel, column, start, finish);
     }
 
     // The last pixels or columns: the tile goes to memory, and of that what there is to the result.
-    template <int Bytes>
-    DETR_FAST_INLINE void part_of_tile(const float* const* left, int64_t pixel, int64_t count, int64_t column) const {
-        using Floats = typename Tile<Bytes>::Floats;
-        constexpr int width = Registers<Bytes>::width, columns = Tile<Bytes>::columns;
-        alignas(64) float tile[Tile<Bytes>::rows * columns];
-        const float* const bias = layer.bias + column;
-        multiply<Bytes>(
-            left, column, [&](auto, auto v) DETR_FAST_LAMBDA { return load_as<Floats>(bias + v * width); },
+    DETR_FAST_INLINE void part_of_tile(int64_t pixel, int64_t row_count, int64_t column, int64_t column_count) const {
+        constexpr int columns = Tile<Bytes>::columns;
+        alignas(64) float tile[rows * columns];
+        const float* const bias = layer_.bias + column;
+        multiply(
+            pixel, column, [&](auto, auto) DETR_FAST_LAMBDA { return Floats{}; },
             [&](auto r, auto v, const Floats& sum) DETR_FAST_LAMBDA { store_as(tile + r * columns + v * width, sum); });
-        const int64_t step = layer.shape.out_channels;
-        for (int64_t r = 0; r < count; ++r) {
-            const int64_t place = (pixel + r) * step + column;
-            for (int64_t c = 0; c < std::min<int64_t>(columns, step - column); ++c) {
-                float sum = tile[r * columns + c];
-                if (layer.residual != nullptr) sum += layer.residual[place + c];
-                layer.out[place + c] = layer.relu && sum < 0.0f ? 0.0f : sum;
+        const float* const added = is_first() ? layer_.residual : layer_.out;
+        for (int64_t r = 0; r < row_count; ++r) {
+            const int64_t place = (pixel + r) * layer_.shape.out_channels + column;
+            for (int64_t c = 0; c < column_count; ++c) {
+                float sum = tile[r * columns + c] + (is_first() ? bias[c] : 0.0f);
+                if (added != nullptr) sum += added[place + c];
+                layer_.out[place + c] = layer_.relu && is_last() && sum < 0.0f ? 0.0f : sum;
             }
         }
     }
 
-    template <int Bytes, typename Start, typename Finish>
-    DETR_FAST_INLINE void multiply(const float* const* left, int64_t column, const Start& start,
-                                   const Finish& finish) const {
-        const int64_t taps = layer.taps(), depth = layer.shape.channels;
-        const float* const panel = layer.packed + column / panel_columns * panel_columns * taps * depth;
-        multiply_tile<Bytes>(left, taps, depth, panel + column % panel_columns, start, finish);
+    template <typename Start, typename Finish>
+    DETR_FAST_INLINE void multiply(int64_t pixel, int64_t column, const Start& start, const Finish& finish) const {
+        const int64_t taps = layer_.taps(), depth = layer_.shape.channels;
+        const float* const panel = layer_.packed + column / panel_columns * panel_columns * taps * depth;
+        multiply_tile<Bytes>(left_ + (pixel - first_) * taps + tap_ * rows, taps_, depth,
+                             panel + tap_ * depth * panel_columns + column % panel_columns, start, finish);
     }
+
+    const Layer& layer_;
+    int64_t first_, end_;
+    const float** left_;  // [tiles, taps, rows]
+    int64_t tap_ = 0, taps_ = 0;
+};
+
+struct BlockTask {
+    const Layer& layer;
+    int64_t first, end;
+    const float** left;
+
+    template <int Bytes>
+    bool run() const {
+        Block<Bytes>(layer, first, end, left).run();
+        return true;
+    }
+};
+
+// Whole tiles of every width, and as many blocks for each thread.
+struct Division {
+    static constexpr int64_t rows = 6;
+    int64_t tiles, blocks;
+
+    Division(const Layer& layer, int threads) : tiles((layer.pixels() + rows - 1) / rows) {
+        const int64_t most = std::clamp<int64_t>(most_input / layer.shape.channels, 48, most_rows) / rows;
+        blocks = (tiles + most * threads - 1) / (most * threads) * threads;
+    }
+    int64_t first_pixel(int64_t block) const { return tiles * block / blocks * rows; }
 };
 
 }  // namespace
@@ -160,8 +191,12 @@ void detr_fast_conv_cpu(const detr_fast_conv* shape, const float* x, const float
     std::vector<float> whole_bias(static_cast<size_t>(panels_of(shape->out_channels) * panel_columns));
     if (bias != nullptr) std::copy_n(bias, shape->out_channels, whole_bias.data());
     const Layer layer{*shape, x, packed, whole_bias.data(), residual, zeros.data(), relu, out};
-    const int64_t pixels = layer.pixels(), block = 48;
-    parallel_for((pixels + block - 1) / block, threads, [&](int64_t task) {
-        with_widest_vectors(Pixels{layer, task * block, std::min((task + 1) * block, pixels)});
+    const Division division(layer, threads);
+    parallel_for(division.blocks, threads, [&](int64_t block) {
+        static thread_local std::vector<const float*> left;
+        const int64_t first = division.first_pixel(block);
+        const int64_t end = std::min(division.first_pixel(block + 1), layer.pixels());
+        left.resize(static_cast<size_t>((end - first + Division::rows) * layer.taps()));
+        with_widest_vectors(BlockTask{layer, first, end, left.data()});
     });
 }
