@@ -21,6 +21,7 @@ from detr_fast.ops.mask_loss.api import OP as MASK_LOSS
 from detr_fast.ops.matching.api import OP as MATCHING
 from detr_fast.ops.matching_cost.api import OP as MATCHING_COST
 from detr_fast.ops.relu_dropout.api import OP as RELU_DROPOUT
+from detr_fast.ops.set_criterion.api import OP as SET_CRITERION
 from detr_fast.ops.set_loss.api import OP as SET_LOSS
 
 OPS = (
@@ -32,6 +33,7 @@ OPS = (
     AUCTION,
     MATCHING,
     SET_LOSS,
+    SET_CRITERION,
     MASK_LOSS,
     MASK_ARGMAX,
     CONV,

@@ -17,7 +17,17 @@ from torch._subclasses import FakeTensorMode
 from waits import Wait, no_waits
 
 from detr_fast.data.batch import ImageBatch
-from detr_fast.ops import CrossEntropy, Focal, PackedTargets, Varifocal, matching, matching_cost, set_loss
+from detr_fast.ops import (
+    CostWeights,
+    CrossEntropy,
+    Focal,
+    PackedTargets,
+    Varifocal,
+    matching,
+    matching_cost,
+    set_criterion,
+    set_loss,
+)
 from detr_fast.ops.set_loss.api import OP
 
 # What looks at targets where they lie on the host, and at nothing on a device: _check_labels is called for tensors on
@@ -109,6 +119,9 @@ def test_ops_on_the_cpu_look_at_no_value(class_loss: CrossEntropy | Focal | Vari
         losses = set_loss(logits, boxes, packed, queries, class_loss, num_boxes=12)
         torch.stack(losses[:3]).sum().backward()
         set_loss(logits, boxes, packed, queries, class_loss, num_boxes=12, backend="reference")
+        torch.stack(
+            set_criterion(logits, boxes, packed, CostWeights(), class_loss, num_boxes=12).losses[:3]
+        ).sum().backward()
 
 
 def test_the_criterion_on_a_pretended_gpu_needs_no_value() -> None:

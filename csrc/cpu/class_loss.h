@@ -66,32 +66,14 @@ struct SigmoidLoss {  // focal or varifocal, of one logit
 };
 
 template <typename Real>
-struct SoftmaxRow {
-    Real highest;
-    Real sum;  // of e^(logit - highest)
-};
-
-template <typename Real>
 struct SigmoidRow {
     Real highest;
     double loss;
 };
 
-// The softmax's sum, and factor times its probabilities in slope, unless that is null.
 template <int, typename Real>
-DETR_FAST_INLINE SoftmaxRow<Real> softmax_row(const Real* logits, int64_t classes, Real factor, Real* slope) {
-    Real highest = logits[0];
-    for (int64_t c = 1; c < classes; ++c) highest = logits[c] > highest ? logits[c] : highest;
-    Real sum = 0;
-    for (int64_t c = 0; c < classes; ++c) {
-        const Real e = exp_of_nonpositive(logits[c] - highest);
-        sum += e;
-        if (slope != nullptr) slope[c] = e;
-    }
-    if (slope != nullptr) {
-        for (int64_t c = 0; c < classes; ++c) slope[c] *= factor / sum;
-    }
-    return {highest, sum};
+DETR_FAST_INLINE void scale_row(Real* row, int64_t classes, Real factor) {
+    for (int64_t c = 0; c < classes; ++c) row[c] *= factor;
 }
 
 // The loss of all classes but `label` (-1: of all), none of which is there.
@@ -110,31 +92,14 @@ DETR_FAST_INLINE SigmoidRow<Real> sigmoid_row(const Real* logits, int64_t classe
 
 #if defined(DETR_FAST_HAS_VECTORS)
 template <int Bytes>
-DETR_FAST_INLINE SoftmaxRow<float> softmax_row(const float* logits, int64_t classes, float factor, float* slope) {
+DETR_FAST_INLINE void scale_row(float* row, int64_t classes, float factor) {
     using Floats = Vector<float, Bytes>;
     constexpr int64_t width = RowEnd<Bytes>::width;
-    if (classes < width) return softmax_row<Bytes, float>(logits, classes, factor, slope);
-    constexpr Higher higher;
-    constexpr Add add;
+    if (classes < width) return scale_row<Bytes, float>(row, classes, factor);
     const RowEnd<Bytes> end(classes);
-    const Floats last = load<Floats>(logits + end.start);
-    Floats high = last;
-    for (int64_t c = 0; c < end.whole; c += width) high = higher(load<Floats>(logits + c), high);
-    const float highest = reduce(high, higher);
-    const Floats last_e = exp_of_nonpositive(last - highest);
-    Floats sums = end.unseen ? last_e : Floats{};
-    for (int64_t c = 0; c < end.whole; c += width) {
-        const Floats e = exp_of_nonpositive(load<Floats>(logits + c) - highest);
-        sums += e;
-        if (slope != nullptr) store(slope + c, e);
-    }
-    const float sum = reduce(sums, add);
-    if (slope != nullptr) {
-        const float scale = factor / sum;
-        for (int64_t c = 0; c < end.whole; c += width) store(slope + c, load<Floats>(slope + c) * scale);
-        store(slope + end.start, last_e * scale);
-    }
-    return {highest, sum};
+    const Floats last = load<Floats>(row + end.start) * factor;
+    for (int64_t c = 0; c < end.whole; c += width) store(row + c, load<Floats>(row + c) * factor);
+    store(row + end.start, last);
 }
 
 template <int Bytes>

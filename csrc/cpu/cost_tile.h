@@ -5,32 +5,21 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "image_layers.h"
 #include "matching_cost.h"
+#include "softmax_rows.h"
 
 namespace detr_fast {
-
-template <typename Real>
-struct ImageLayer {
-    const Real* logits;    // [Q, classes], classes contiguous
-    const Real* boxes;     // [Q, 4] cxcywh, coordinates contiguous
-    int64_t logit_stride;  // from query to query
-    int64_t box_stride;
-    const int64_t* labels;     // [T]
-    const Real* target_boxes;  // [T, 4] cxcywh
-    const Real* extra;         // [T, Q] costs to add, or null
-    int64_t queries;
-    int64_t classes;
-    int64_t targets;
-};
 
 // Elements of scratch that fill_cost_tile needs.
 int64_t cost_tile_scratch(int64_t queries, int64_t targets);
 
-// Writes tile [T, Q]; labels must be in range. Returns how many costs were not numbers below 1e30 in magnitude: each
-// stands as one and the same cost, so high that the solver takes such a pair only where it can take no other.
-int64_t fill_cost_tile(const ImageLayer<float>& image, const detr_fast_cost_weights& weights, float* tile,
-                       float* scratch);
-int64_t fill_cost_tile(const ImageLayer<double>& image, const detr_fast_cost_weights& weights, double* tile,
-                       double* scratch);
+// Writes tile [T, Q]; labels must be in range, and softmax be that of the logits unless the weights are focal. Returns
+// how many costs were not numbers below 1e30 in magnitude: each stands as one and the same cost, so high that the
+// solver takes such a pair only where it can take no other.
+int64_t fill_cost_tile(const ImageLayer<float>& image, const detr_fast_cost_weights& weights,
+                       const SoftmaxRows<float>& softmax, float* tile, float* scratch);
+int64_t fill_cost_tile(const ImageLayer<double>& image, const detr_fast_cost_weights& weights,
+                       const SoftmaxRows<double>& softmax, double* tile, double* scratch);
 
 }  // namespace detr_fast

@@ -6,10 +6,24 @@
 #include <cstdint>
 #include <vector>
 
-#include "cost_tile.h"
+#include "../core/matching_inputs.h"
 #include "thread_pool.h"
 
 namespace detr_fast {
+
+template <typename Real>
+struct ImageLayer {
+    const Real* logits;    // [Q, classes], classes contiguous
+    const Real* boxes;     // [Q, 4] cxcywh, coordinates contiguous
+    int64_t logit_stride;  // from query to query
+    int64_t box_stride;
+    const int64_t* labels;     // [T]
+    const Real* target_boxes;  // [T, 4] cxcywh
+    const Real* extra;         // [T, Q] costs to add, or null
+    int64_t queries;
+    int64_t classes;
+    int64_t targets;
+};
 
 // Logits and costs that take 15 microseconds. A thread that torch has left awake joins in two, one asleep in 20 to 40.
 constexpr int64_t work_worth_a_thread = 1 << 16;

@@ -6,6 +6,8 @@
 #include "../core/lsap.h"
 #include "cost_tile.h"
 #include "image_layers.h"
+#include "match_image.h"
+#include "softmax_rows.h"
 #include "solver.h"
 
 namespace detr_fast {
@@ -26,7 +28,8 @@ void transpose(const Real* tile, int64_t rows, int64_t columns, Real* transposed
 }
 
 template <typename Real>
-int64_t match(const ImageLayer<Real>& image, const detr_fast_cost_weights& weights, int64_t* query_of_target) {
+int64_t match(const ImageLayer<Real>& image, const detr_fast_cost_weights& weights, const SoftmaxRows<Real>& softmax,
+              int64_t* query_of_target) {
     if (image.targets == 0) return 0;
     static thread_local Scratch memory;
     const int64_t targets = image.targets;
@@ -39,7 +42,7 @@ int64_t match(const ImageLayer<Real>& image, const detr_fast_cost_weights& weigh
     const size_t tile_bytes = aligned(static_cast<size_t>(targets * queries) * sizeof(Real));
     unsigned char* at = memory.reserve(state + scratch + tile_bytes * (rows_are_targets ? 1 : 2));
     auto* tile = reinterpret_cast<Real*>(at + state + scratch);
-    const int64_t unusable = fill_cost_tile(image, weights, tile, reinterpret_cast<Real*>(at + state));
+    const int64_t unusable = fill_cost_tile(image, weights, softmax, tile, reinterpret_cast<Real*>(at + state));
 
     CostMatrix<Real> cost{tile, columns, static_cast<int32_t>(rows), static_cast<int32_t>(columns)};
     if (!rows_are_targets) {
@@ -53,11 +56,25 @@ int64_t match(const ImageLayer<Real>& image, const detr_fast_cost_weights& weigh
 }
 
 }  // namespace
+
+int64_t match_image(const ImageLayer<float>& image, const detr_fast_cost_weights& weights,
+                    const SoftmaxRows<float>& softmax, int64_t* query_of_target) {
+    return match(image, weights, softmax, query_of_target);
+}
+
+int64_t match_image(const ImageLayer<double>& image, const detr_fast_cost_weights& weights,
+                    const SoftmaxRows<double>& softmax, int64_t* query_of_target) {
+    return match(image, weights, softmax, query_of_target);
+}
+
 }  // namespace detr_fast
 
 void detr_fast_matching_cpu(const detr_fast_matching_inputs* inputs, const detr_fast_cost_weights* weights,
                             int64_t* query_of_target, int64_t* nonfinite, int threads) {
     detr_fast::for_each_image_layer(*inputs, threads, [&](const auto& image, int64_t problem, int64_t first_target) {
-        nonfinite[problem] = detr_fast::match(image, *weights, query_of_target + first_target);
+        using Real = std::decay_t<decltype(*image.logits)>;
+        const auto softmax = detr_fast::SoftmaxRows<Real>::of_thread(image.queries, nullptr);
+        if (!weights->focal && image.targets > 0) fill_softmax_rows(image, softmax);
+        nonfinite[problem] = match_image(image, *weights, softmax, query_of_target + first_target);
     });
 }

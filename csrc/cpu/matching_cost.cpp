@@ -21,14 +21,13 @@ struct TileScratch {  // arrays of one number for each query
     Real *cx, *cy, *w, *h;
     Real *x0, *y0, *x1, *y1;
     Real* area;
-    Real* highest;     // logit
-    Real* scale;       // 1 / sum of e^(logit - highest)
+    Real* scale;       // 1 / the softmax's sum
     Real* class_cost;  // [T, Q]; a row for each label, at the first target that has it
 
-    static constexpr int64_t arrays = 11;
+    static constexpr int64_t arrays = 10;
 
     TileScratch(Real* memory, int64_t queries) {
-        Real** const all[arrays] = {&cx, &cy, &w, &h, &x0, &y0, &x1, &y1, &area, &highest, &scale};
+        Real** const all[arrays] = {&cx, &cy, &w, &h, &x0, &y0, &x1, &y1, &area, &scale};
         for (Real** array : all) {
             *array = memory;
             memory += queries;
@@ -69,82 +68,21 @@ DETR_FAST_INLINE void split_boxes(const Real* __restrict__ boxes, int64_t stride
     });
 }
 
-template <int, typename Real>
-void softmax_statistics(const ImageLayer<Real>& image, const TileScratch<Real>& s) {
-    for (int64_t q = 0; q < image.queries; ++q) {
-        const Real* __restrict__ logits = image.logits + q * image.logit_stride;
-        Real highest = logits[0];
-        for (int64_t c = 1; c < image.classes; ++c) highest = logits[c] > highest ? logits[c] : highest;
-        Real sum = 0;
-        for (int64_t c = 0; c < image.classes; ++c) sum += exp_of_nonpositive(logits[c] - highest);
-        s.highest[q] = highest;
-        s.scale[q] = Real(1) / sum;
-    }
-}
-
-#if defined(DETR_FAST_HAS_VECTORS)
-// The same for `rows` queries at once, which keeps the units busy while a row's maximum or sum is gathered from the
-// lanes. Logits that are not of the row stand as -inf, which adds e^-87.
-template <int Bytes, int rows>
-DETR_FAST_INLINE void softmax_statistics_of(const float* logits, int64_t stride, const RowEnd<Bytes>& end,
-                                            float* highest_logit, float* scale) {
-    using Floats = Vector<float, Bytes>;
-    constexpr int64_t width = RowEnd<Bytes>::width;
-    constexpr Higher higher;
-    constexpr Add add;
-    const Floats nothing = Floats{} - std::numeric_limits<float>::infinity();
-    Floats last[rows], highest[rows], sum[rows];
-    for (int r = 0; r < rows; ++r) {
-        const auto read = load<Floats>(logits + r * stride + end.start);
-        highest[r] = last[r] = end.unseen ? read : nothing;
-    }
-    for (int64_t c = 0; c < end.whole; c += width) {
-        for (int r = 0; r < rows; ++r) highest[r] = higher(load<Floats>(logits + r * stride + c), highest[r]);
-    }
-    for (int r = 0; r < rows; ++r) {
-        highest_logit[r] = reduce(highest[r], higher);
-        sum[r] = exp_of_nonpositive(last[r] - highest_logit[r]);
-    }
-    for (int64_t c = 0; c < end.whole; c += width) {
-        for (int r = 0; r < rows; ++r) {
-            sum[r] += exp_of_nonpositive(load<Floats>(logits + r * stride + c) - highest_logit[r]);
-        }
-    }
-    for (int r = 0; r < rows; ++r) scale[r] = 1.0f / reduce(sum[r], add);
-}
-
-template <int Bytes>
-void softmax_statistics(const ImageLayer<float>& image, const TileScratch<float>& s) {
-    constexpr int64_t width = RowEnd<Bytes>::width;
-    const RowEnd<Bytes> end(std::max(image.classes, width));
-    if (image.classes < width) {
-        float filled[width];
-        std::fill_n(filled, width, -std::numeric_limits<float>::infinity());
-        for (int64_t q = 0; q < image.queries; ++q) {
-            std::copy_n(image.logits + q * image.logit_stride, image.classes, filled);
-            softmax_statistics_of<Bytes, 1>(filled, 0, end, s.highest + q, s.scale + q);
-        }
-        return;
-    }
-    int64_t q = 0;
-    for (; q + 2 <= image.queries; q += 2) {
-        softmax_statistics_of<Bytes, 2>(image.logits + q * image.logit_stride, image.logit_stride, end, s.highest + q,
-                                        s.scale + q);
-    }
-    if (q < image.queries) {
-        softmax_statistics_of<Bytes, 1>(image.logits + q * image.logit_stride, 0, end, s.highest + q, s.scale + q);
-    }
-}
-#endif
-
 // -p(class) of every query.
 template <int width, typename Real>
-void softmax_cost(const ImageLayer<Real>& image, int64_t label, const TileScratch<Real>& s,
-                  Real* __restrict__ class_cost) {
+void softmax_cost(const ImageLayer<Real>& image, int64_t label, const SoftmaxRows<Real>& softmax,
+                  const Real* __restrict__ scale, Real* __restrict__ class_cost) {
+    if (softmax.exponentials != nullptr) {
+        const Real* __restrict__ exponentials = softmax.exponentials + label;
+        const int64_t stride = image.classes;
+        for_each_query<width>(image.queries, [=](int64_t q) { class_cost[q] = -exponentials[q * stride] * scale[q]; });
+        return;
+    }
     const Real* __restrict__ logits = image.logits + label;
+    const Real* __restrict__ highest = softmax.highest;
     const int64_t stride = image.logit_stride;
     for_each_query<width>(image.queries, [=](int64_t q) {
-        class_cost[q] = -exp_of_nonpositive(logits[q * stride] - s.highest[q]) * s.scale[q];
+        class_cost[q] = -exp_of_nonpositive(logits[q * stride] - highest[q]) * scale[q];
     });
 }
 
@@ -161,14 +99,14 @@ void focal_cost(const ImageLayer<Real>& image, int64_t label, const detr_fast_co
 // The class costs of target t, computed once for all targets of one label: images of many objects have few classes.
 template <int width, typename Real>
 const Real* class_costs(const ImageLayer<Real>& image, int64_t t, const detr_fast_cost_weights& weights,
-                        const TileScratch<Real>& s) {
+                        const SoftmaxRows<Real>& softmax, const TileScratch<Real>& s) {
     const int64_t first = std::find(image.labels, image.labels + t, image.labels[t]) - image.labels;
     Real* row = s.class_cost + first * image.queries;
     if (first < t) return row;
     if (weights.focal) {
         focal_cost(image, image.labels[t], weights, row);
     } else {
-        softmax_cost<width>(image, image.labels[t], s, row);
+        softmax_cost<width>(image, image.labels[t], softmax, s.scale, row);
     }
     return row;
 }
@@ -176,11 +114,11 @@ const Real* class_costs(const ImageLayer<Real>& image, int64_t t, const detr_fas
 // Returns how many costs are unusable.
 template <int width, typename Real>
 int64_t fill_row(const ImageLayer<Real>& image, int64_t t, const detr_fast_cost_weights& weights,
-                 const TileScratch<Real>& s, Real* __restrict__ row) {
+                 const SoftmaxRows<Real>& softmax, const TileScratch<Real>& s, Real* __restrict__ row) {
     const Real* coordinates = image.target_boxes + 4 * t;
     const auto target = Box<Real>::of(coordinates[0], coordinates[1], coordinates[2], coordinates[3]);
     const auto pair_weights = PairWeights<Real>::of(weights);
-    const Real* __restrict__ class_cost = class_costs<width>(image, t, weights, s);
+    const Real* __restrict__ class_cost = class_costs<width>(image, t, weights, softmax, s);
     const auto cost = [&](int64_t q) {
         const Box<Real> query{s.cx[q], s.cy[q], s.w[q], s.h[q], s.x0[q], s.y0[q], s.x1[q], s.y1[q], s.area[q]};
         return pair_cost(pair_weights, query, target, class_cost[q]);
@@ -213,7 +151,8 @@ void replace_unusable(Real* tile, int64_t rows, int64_t columns) {
 }
 
 template <int Bytes, typename Real>
-int64_t fill(const ImageLayer<Real>& image, const detr_fast_cost_weights& weights, Real* tile, Real* memory) {
+int64_t fill(const ImageLayer<Real>& image, const detr_fast_cost_weights& weights, const SoftmaxRows<Real>& softmax,
+             Real* tile, Real* memory) {
     const TileScratch<Real> s(memory, image.queries);
     constexpr int width = Bytes / sizeof(Real);
     if (image.box_stride == 4) {  // told apart so that the compiler knows the stride
@@ -221,10 +160,12 @@ int64_t fill(const ImageLayer<Real>& image, const detr_fast_cost_weights& weight
     } else {
         split_boxes<width>(image.boxes, image.box_stride, image.queries, s);
     }
-    if (!weights.focal) softmax_statistics<Bytes>(image, s);
+    if (!weights.focal) {
+        for_each_query<width>(image.queries, [=](int64_t q) { s.scale[q] = Real(1) / softmax.sum[q]; });
+    }
     int64_t unusable = 0;
     for (int64_t t = 0; t < image.targets; ++t)
-        unusable += fill_row<width>(image, t, weights, s, tile + t * image.queries);
+        unusable += fill_row<width>(image, t, weights, softmax, s, tile + t * image.queries);
     if (unusable > 0) replace_unusable(tile, image.targets, image.queries);
     return unusable;
 }
@@ -233,12 +174,13 @@ template <typename Real>
 struct Fill {
     const ImageLayer<Real>& image;
     const detr_fast_cost_weights& weights;
+    const SoftmaxRows<Real>& softmax;
     Real* tile;
     Real* scratch;
 
     template <int Bytes>
     int64_t run() const {
-        return fill<Bytes>(image, weights, tile, scratch);
+        return fill<Bytes>(image, weights, softmax, tile, scratch);
     }
 };
 
@@ -248,14 +190,14 @@ int64_t cost_tile_scratch(int64_t queries, int64_t targets) {
     return (TileScratch<float>::arrays + targets) * queries;
 }
 
-int64_t fill_cost_tile(const ImageLayer<float>& image, const detr_fast_cost_weights& weights, float* tile,
-                       float* scratch) {
-    return with_widest_vectors(Fill<float>{image, weights, tile, scratch});
+int64_t fill_cost_tile(const ImageLayer<float>& image, const detr_fast_cost_weights& weights,
+                       const SoftmaxRows<float>& softmax, float* tile, float* scratch) {
+    return with_widest_vectors(Fill<float>{image, weights, softmax, tile, scratch});
 }
 
-int64_t fill_cost_tile(const ImageLayer<double>& image, const detr_fast_cost_weights& weights, double* tile,
-                       double* scratch) {
-    return with_widest_vectors(Fill<double>{image, weights, tile, scratch});
+int64_t fill_cost_tile(const ImageLayer<double>& image, const detr_fast_cost_weights& weights,
+                       const SoftmaxRows<double>& softmax, double* tile, double* scratch) {
+    return with_widest_vectors(Fill<double>{image, weights, softmax, tile, scratch});
 }
 
 }  // namespace detr_fast
@@ -264,11 +206,15 @@ void detr_fast_matching_cost_cpu(const detr_fast_matching_inputs* inputs, const 
                                  void* cost, int64_t* nonfinite, int threads) {
     detr_fast::for_each_image_layer(*inputs, threads, [&](const auto& image, int64_t problem, int64_t first_row) {
         using Real = std::decay_t<decltype(*image.logits)>;
+        nonfinite[problem] = 0;
+        if (image.targets == 0) return;
         static thread_local detr_fast::Scratch memory;
         const auto bytes =
             static_cast<size_t>(detr_fast::cost_tile_scratch(image.queries, image.targets)) * sizeof(Real);
         auto* scratch = reinterpret_cast<Real*>(memory.reserve(bytes));
         Real* tile = static_cast<Real*>(cost) + first_row * image.queries;
-        nonfinite[problem] = detr_fast::fill_cost_tile(image, *weights, tile, scratch);
+        const auto softmax = detr_fast::SoftmaxRows<Real>::of_thread(image.queries, nullptr);
+        if (!weights->focal) fill_softmax_rows(image, softmax);
+        nonfinite[problem] = detr_fast::fill_cost_tile(image, *weights, softmax, tile, scratch);
     });
 }

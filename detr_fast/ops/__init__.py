@@ -27,6 +27,7 @@ from detr_fast.ops.mask_loss import MaskLosses, mask_loss
 from detr_fast.ops.matching import Matching, matching
 from detr_fast.ops.matching_cost import CostWeights, MatchingCost, PackedTargets, matching_cost
 from detr_fast.ops.relu_dropout import relu_dropout
+from detr_fast.ops.set_criterion import MatchedLosses, set_criterion
 from detr_fast.ops.set_loss import CrossEntropy, Focal, SetLosses, Varifocal, set_loss
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "Dropout",
     "Focal",
     "MaskLosses",
+    "MatchedLosses",
     "Matching",
     "MatchingCost",
     "PackedConv",
@@ -61,6 +63,7 @@ __all__ = [
     "pairwise_giou",
     "pairwise_iou",
     "relu_dropout",
+    "set_criterion",
     "set_loss",
     "solve_assignment",
     "xyxy_to_cxcywh",

@@ -60,6 +60,24 @@ class Op:
         return {i.name: i.why_not(*tensors) for i in self.implementations}
 
 
+def name_chooser(op: Op) -> Callable[[str | None, Tensor], str]:
+    """A function (backend, tensor) to the name of the implementation, which torch.compile may call, too."""
+
+    def at_compile_time(backend: str | None, device: str) -> str:
+        return op.choose(backend, torch.empty(0, device=device)).name
+
+    # So that torch.compile need not follow how the native module is loaded. It is what the decorator
+    # torch.compiler.assume_constant_result does, which imports the whole compiler, half a second and Triton with it.
+    at_compile_time._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    def name_of_chosen(backend: str | None, tensor: Tensor) -> str:
+        if torch.compiler.is_compiling():
+            return at_compile_time(backend, str(tensor.device))
+        return op.choose(backend, tensor).name
+
+    return name_of_chosen
+
+
 def always_runs(*tensors: Tensor) -> None:
     """The ``why_not`` of a reference."""
 

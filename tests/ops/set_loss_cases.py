@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -41,9 +42,16 @@ def upstream_for(layers: int) -> Tensor:
 def outcome(
     case: Case, query_of_target: Tensor, class_loss: ClassLoss, num_boxes: float, upstream: Tensor, backend: str | None
 ) -> Outcome:
+    def losses(logits: list[Tensor], boxes: list[Tensor]) -> SetLosses:
+        return set_loss(logits, boxes, case.targets, query_of_target, class_loss, num_boxes=num_boxes, backend=backend)
+
+    return outcome_of(losses, case, upstream)
+
+
+def outcome_of(losses: Callable[[list[Tensor], list[Tensor]], SetLosses], case: Case, upstream: Tensor) -> Outcome:
     logits = [x.detach().requires_grad_() for x in case.logits]
     boxes = [x.detach().requires_grad_() for x in case.boxes]
-    found = set_loss(logits, boxes, case.targets, query_of_target, class_loss, num_boxes=num_boxes, backend=backend)
+    found = losses(logits, boxes)
     assert all(x.dtype == torch.promote_types(logits[0].dtype, torch.float32) for x in found)
     (torch.stack(found[:3]) * upstream.to(found[0])).sum().backward()
     assert all(x.grad is not None and x.grad.dtype == x.dtype for x in (*logits, *boxes))
@@ -56,11 +64,23 @@ def check_as_exact_as_the_reference(
 ) -> None:
     """The error against the reference in float64 is at most twice the reference's own, plus a few ulp."""
     query_of_target, num_boxes, upstream = match(case), 3.7, upstream_for(len(case.logits))
-    exact = outcome(double(case), query_of_target, class_loss, num_boxes, upstream, "reference")
-    reference = outcome(case, query_of_target, class_loss, num_boxes, upstream, "reference")
     found = outcome(
         moved(case, on_device), query_of_target.to(on_device), class_loss, num_boxes, upstream.to(on_device), backend
     )
+    check_outcome(found, case, query_of_target, class_loss, num_boxes, upstream)
+
+
+def check_outcome(
+    found: Outcome,
+    case: Case,
+    query_of_target: Tensor,
+    class_loss: ClassLoss,
+    num_boxes: float,
+    upstream: Tensor,
+) -> None:
+    """As ``check_as_exact_as_the_reference``, of what was found for this matching."""
+    exact = outcome(double(case), query_of_target, class_loss, num_boxes, upstream, "reference")
+    reference = outcome(case, query_of_target, class_loss, num_boxes, upstream, "reference")
     dtype = torch.promote_types(case.logits[0].dtype, torch.float32)
     # In float64 the oracle is no more exact than what it is held against, and its 1 - p loses p's last bits.
     eps = (64 if dtype == torch.float64 else 8) * torch.finfo(dtype).eps

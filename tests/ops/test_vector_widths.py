@@ -6,12 +6,16 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
 
-from detr_fast.ops import _native, assignment
+from detr_fast.ops import SetLosses, _native, assignment
 from detr_fast.ops.matching import matching
 from detr_fast.ops.matching_cost import matching_cost
+from detr_fast.ops.set_criterion import set_criterion
+from detr_fast.ops.set_loss import ClassLoss, CrossEntropy, Focal, Varifocal
 from ops.assignment_cases import by_scipy, needs_native
-from ops.matching_cases import DETR, FOCAL, SHAPES, Shape, double, make_case
+from ops.matching_cases import DETR, FOCAL, SHAPES, Case, Shape, double, make_case
+from ops.set_loss_cases import check_as_exact_as_the_reference, check_outcome, outcome_of, upstream_for
 
 pytestmark = needs_native
 
@@ -75,3 +79,16 @@ def test_matching_is_the_same_at_every_width(vector_bytes: int) -> None:
     case = make_case(SHAPES["real"])
     found, _ = matching(*case, DETR, backend="native")
     assert torch.equal(found, matching(*case, DETR, backend="reference").query_of_target)
+
+
+@pytest.mark.parametrize("class_loss", [CrossEntropy(), Focal(), Varifocal(0.7, 1.5)])
+def test_losses(class_loss: ClassLoss, vector_bytes: int) -> None:
+    for shape in (SHAPES["real"], SHAPES["odd sizes"], Shape(1, 33, 15, [5, 2]), Shape(2, 5, 16, [2, 9])):
+        case, upstream = make_case(shape), upstream_for(shape.layers)
+        query_of_target = matching(*case, DETR).query_of_target
+        check_as_exact_as_the_reference(case, class_loss, "native")
+
+        def losses(logits: list[Tensor], boxes: list[Tensor], case: Case = case) -> SetLosses:
+            return set_criterion(logits, boxes, case.targets, DETR, class_loss, num_boxes=3.7).losses
+
+        check_outcome(outcome_of(losses, case, upstream), case, query_of_target, class_loss, 3.7, upstream)

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from detr_fast.ops import _triton
-from detr_fast.ops._dispatch import Implementation, Op, always_runs, goes_through_dispatcher
+from detr_fast.ops._dispatch import Implementation, Op, always_runs, goes_through_dispatcher, name_chooser
 from detr_fast.ops.matching_cost.types import PackedTargets
+from detr_fast.ops.set_loss.gradient import with_gradients
 from detr_fast.ops.set_loss.native import set_loss_backward_native, set_loss_native, why_not
 from detr_fast.ops.set_loss.reference import set_loss_reference
-from detr_fast.ops.set_loss.types import (
-    ClassLoss,
-    CrossEntropy,
-    Focal,
-    SetLosses,
-    Varifocal,
-    check_set_loss_inputs,
-    result_sizes,
+from detr_fast.ops.set_loss.schema import (
+    class_loss_as_schema,
+    class_loss_from_schema,
+    empty_results,
+    keep_slopes,
+    scaled_slopes,
 )
+from detr_fast.ops.set_loss.types import ClassLoss, CrossEntropy, SetLosses, check_set_loss_inputs
 
 
 def _run_triton(*arguments: Any) -> tuple[Tensor, ...]:
@@ -30,10 +30,10 @@ def _run_triton(*arguments: Any) -> tuple[Tensor, ...]:
     return set_loss_triton(*arguments)
 
 
-def _run_backward_triton(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _run_backward_triton(upstream: Tensor, *slopes: Tensor, owned: bool = False) -> tuple[Tensor, Tensor]:
     from detr_fast.ops.set_loss.triton_impl import set_loss_backward_triton  # likewise
 
-    return set_loss_backward_triton(*arguments)
+    return set_loss_backward_triton(upstream, *slopes)
 
 
 OP = Op(
@@ -45,7 +45,11 @@ OP = Op(
     ),
     example=lambda device: (torch.empty(1, 1, 1, device=device),),
 )
-BACKWARD = {"native": set_loss_backward_native, "triton": _run_backward_triton}
+name_of_chosen = name_chooser(OP)
+BACKWARD: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "native": set_loss_backward_native,
+    "triton": _run_backward_triton,
+}
 
 
 def set_loss(
@@ -106,63 +110,15 @@ def stacked_losses(
     if not isinstance(num_boxes, Tensor):
         num_boxes = torch.full((), num_boxes, dtype=torch.float32, device=logits[0].device)
     inputs = (targets, query_of_target, class_loss, num_boxes)
-    if _name_of_chosen(backend, logits[0]) == "reference":
+    name = name_of_chosen(backend, logits[0])
+    if name == "reference":
         return set_loss_reference(logits, boxes, *inputs)
     if goes_through_dispatcher(logits[0]):
         with_slopes = torch.is_grad_enabled() and any(x.requires_grad for x in (*logits, *boxes))
         results = torch.ops.detr_fast.set_loss(*as_schema(logits, boxes, *inputs), with_slopes, backend)
         return results[0], results[1]
-    return _SetLoss.apply(len(logits), inputs, backend, torch.is_grad_enabled(), *logits, *boxes)  # type: ignore[no-any-return]
-
-
-def _name_of_chosen(backend: str | None, logits: Tensor) -> str:
-    if torch.compiler.is_compiling():
-        return _name_at_compile_time(backend, str(logits.device))
-    return OP.choose(backend, logits).name
-
-
-def _name_at_compile_time(backend: str | None, device: str) -> str:
-    return OP.choose(backend, torch.empty(0, device=device)).name
-
-
-# So that torch.compile need not follow how the native module is loaded. It is what the decorator
-# torch.compiler.assume_constant_result does, which imports the whole compiler, half a second and Triton with it.
-_name_at_compile_time._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _graph_is_kept() -> bool:
-    """Whether backward may run again, so that what was saved for it has to stay; in doubt, yes."""
-    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)  # torch has no public way to ask
-    return True if ask is None else bool(ask())
-
-
-class _SetLoss(torch.autograd.Function):
-    """Gradients are computed forward and scaled backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, layers: int, inputs: tuple[Any, ...], backend: str | None, with_slopes: bool, *predictions: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        logits, boxes = predictions[:layers], predictions[layers:]
-        implementation = OP.choose(backend, logits[0])
-        with_slopes = with_slopes and any(ctx.needs_input_grad)
-        losses, metrics, *slopes = implementation.run(logits, boxes, *inputs, with_slopes)
-        ctx.save_for_backward(*slopes)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(metrics)
-        ctx.backend, ctx.dtypes = implementation.name, (logits[0].dtype, boxes[0].dtype)
-        return losses, metrics
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        slopes = ctx.saved_tensors
-        layers = len(slopes[0])
-        if upstream is None:
-            return (None,) * (4 + 2 * layers)
-        owned = (not _graph_is_kept(),) if ctx.backend == "native" else ()
-        logit_gradient, box_gradient = BACKWARD[ctx.backend](upstream, *slopes, *owned)
-        gradients = zip((logit_gradient, box_gradient), ctx.dtypes, strict=True)
-        return (None,) * 4 + tuple(x for gradient, dtype in gradients for x in gradient.to(dtype).unbind())
+    run = OP.choose(backend, logits[0]).run
+    return with_gradients(lambda x, y, with_slopes: run(x, y, *inputs, with_slopes), BACKWARD[name], logits, boxes)  # type: ignore[return-value]
 
 
 torch.library.define(
@@ -186,10 +142,7 @@ def as_schema(
     num_boxes: Tensor,
 ) -> tuple[object, ...]:
     """The arguments in the order and the types of the op's schema."""
-    kind, numbers, weight = type(class_loss).__name__, list(class_loss), None
-    if isinstance(class_loss, CrossEntropy):
-        numbers, weight = [class_loss.eos_coef], class_loss.weight
-    return logits, boxes, *targets, query_of_target, kind, numbers, weight, num_boxes
+    return logits, boxes, *targets, query_of_target, *class_loss_as_schema(class_loss), num_boxes
 
 
 @torch.library.impl("detr_fast::set_loss", "CompositeExplicitAutograd")
@@ -207,9 +160,7 @@ def _set_loss(  # type: ignore[no-untyped-def]
     with_slopes,
     backend,
 ) -> tuple[Tensor, ...]:
-    class_loss = {"CrossEntropy": CrossEntropy, "Focal": Focal, "Varifocal": Varifocal}[kind](*numbers)
-    if weight is not None:
-        class_loss = class_loss._replace(weight=weight)
+    class_loss = class_loss_from_schema(kind, numbers, weight)
     targets = PackedTargets(labels, target_boxes, num_targets)
     run = OP.choose(backend, logits[0]).run
     return run(logits, boxes, targets, query_of_target, class_loss, num_boxes, with_slopes)
@@ -222,10 +173,7 @@ def _set_loss_backward(upstream, logit_slope, l1_slope, giou_slope, backend) -> 
 
 @torch.library.register_fake("detr_fast::set_loss")
 def _set_loss_fake(logits, boxes, *rest) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
-    with_slopes = rest[8]
-    shape = logits[0].shape if with_slopes else (0, 0, 0)
-    dtype = torch.promote_types(logits[0].dtype, torch.float32)
-    return tuple(logits[0].new_empty(size, dtype=dtype) for size in result_sizes(len(logits), *shape))
+    return empty_results(logits, with_slopes=rest[8])
 
 
 @torch.library.register_fake("detr_fast::set_loss_backward")
@@ -234,15 +182,11 @@ def _set_loss_backward_fake(upstream, logit_slope, l1_slope, giou_slope, backend
 
 
 def _keep_slopes(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*output[2:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.dtypes, ctx.backend = (inputs[0][0].dtype, inputs[1][0].dtype), inputs[-1]
+    keep_slopes(ctx, inputs, output, backend=inputs[-1])
 
 
 def _scale_slopes(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Any, ...]:
-    gradients = torch.ops.detr_fast.set_loss_backward(upstream, *ctx.saved_tensors, ctx.backend)
-    lists = [list(x.to(dtype).unbind()) for x, dtype in zip(gradients, ctx.dtypes, strict=True)]
-    return (*lists, *[None] * 10)
+    return (*scaled_slopes(ctx, upstream), *[None] * 10)
 
 
 torch.library.register_autograd("detr_fast::set_loss", _scale_slopes, setup_context=_keep_slopes)

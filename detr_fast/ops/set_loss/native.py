@@ -31,30 +31,40 @@ def set_loss_native(
     with_slopes: bool,
 ) -> tuple[Tensor, ...]:
     arguments = NativeArguments(logits, boxes, targets, NO_COST, None)
-    layers, dtype = len(logits), arguments.dtype
-    shape = logits[0].shape if with_slopes else (0, 0, 0)
-    results = tuple(torch.empty(size, dtype=dtype) for size in result_sizes(layers, *shape))
-    query_of_target, num_boxes = query_of_target.contiguous(), num_boxes.to(dtype)
-    kind, weight, alpha, gamma = as_numbers(class_loss, logits[0].shape[2], num_boxes)
+    results = LossResults(arguments, class_loss, num_boxes, with_slopes)
+    query_of_target = query_of_target.contiguous()
     _native.module().set_loss_cpu(
         arguments.inputs,
         query_of_target.data_ptr(),
-        num_boxes.data_ptr(),
-        kind,
-        weight.data_ptr() if weight is not None else 0,
-        alpha,
-        gamma,
-        [x.data_ptr() if x.numel() else 0 for x in results],
+        results.num_boxes.data_ptr(),
+        results.class_loss,
+        results.addresses,
         torch.get_num_threads(),
     )
-    return results
+    return results.tensors
 
 
-def as_numbers(class_loss: ClassLoss, classes: int, like: Tensor) -> tuple[int, Tensor | None, float, float]:
-    """enum detr_fast_class_loss_kind of csrc/cpu/set_loss.h, weights, alpha, gamma."""
-    if isinstance(class_loss, CrossEntropy):
-        return 0, class_loss.weights(classes, like), 0.0, 0.0
-    return (1 if isinstance(class_loss, Focal) else 2), None, class_loss.alpha, class_loss.gamma
+class LossResults:
+    """Where losses and gradients are written, and what they take besides predictions and targets.
+
+    Attributes:
+        tensors: losses, metrics and slopes, see ``result_sizes``.
+        addresses: theirs, 0 of those without elements.
+        class_loss: enum detr_fast_class_loss_kind of csrc/cpu/set_loss.h, address of the weights, alpha, gamma.
+        num_boxes: in the dtype that is computed in.
+    """
+
+    def __init__(self, arguments: NativeArguments, class_loss: ClassLoss, num_boxes: Tensor, with_slopes: bool) -> None:
+        layers, *shape = arguments.sizes
+        sizes = result_sizes(layers, *(shape if with_slopes else (0, 0, 0)))
+        self.tensors = tuple(torch.empty(size, dtype=arguments.dtype) for size in sizes)
+        self.addresses = [x.data_ptr() if x.numel() else 0 for x in self.tensors]
+        self.num_boxes = num_boxes.to(arguments.dtype)
+        if isinstance(class_loss, CrossEntropy):
+            self._weight = class_loss.weights(shape[2], self.num_boxes)
+            self.class_loss = (0, self._weight.data_ptr(), 0.0, 0.0)
+        else:
+            self.class_loss = (1 if isinstance(class_loss, Focal) else 2, 0, class_loss.alpha, class_loss.gamma)
 
 
 def set_loss_backward_native(

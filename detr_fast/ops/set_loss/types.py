@@ -88,16 +88,24 @@ def check_set_loss_inputs(
     if list(query_of_target.shape) != expected or query_of_target.dtype != torch.int64:
         got = f"{query_of_target.dtype} {list(query_of_target.shape)}"
         raise ValueError(f"query_of_target must be int64 {expected}, got {got}")
-    named = {"query_of_target": query_of_target}
+    _check_devices(device, query_of_target=query_of_target)
+    check_loss_options(logits[0], class_loss, num_boxes)
+
+
+def check_loss_options(logits: Tensor, class_loss: ClassLoss, num_boxes: Tensor | float) -> None:
+    """Raise ValueError where these do not fit the logits [B, Q, classes] of a layer."""
     if isinstance(num_boxes, Tensor):
         if num_boxes.numel() != 1:
             raise ValueError(f"num_boxes must be one number, got {list(num_boxes.shape)}")
-        named["num_boxes"] = num_boxes
+        _check_devices(logits.device, num_boxes=num_boxes)
     if isinstance(class_loss, CrossEntropy) and class_loss.weight is not None:
-        if list(class_loss.weight.shape) != [logits[0].shape[2]]:
-            raise ValueError(f"weight must be [{logits[0].shape[2]}], got {list(class_loss.weight.shape)}")
-        named["weight"] = class_loss.weight
-    for name, tensor in named.items():
+        if list(class_loss.weight.shape) != [logits.shape[2]]:
+            raise ValueError(f"weight must be [{logits.shape[2]}], got {list(class_loss.weight.shape)}")
+        _check_devices(logits.device, weight=class_loss.weight)
+
+
+def _check_devices(device: torch.device, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
         if tensor.device != device:
             raise ValueError(f"{name} must be on {device}, where the logits are, got {tensor.device}")
 

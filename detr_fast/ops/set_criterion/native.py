@@ -1,0 +1,42 @@
+"""Matching and losses by csrc/cpu/set_criterion.cpp, which reads the logits once for both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from detr_fast.ops import _native
+from detr_fast.ops.matching_cost.native import NativeArguments
+from detr_fast.ops.matching_cost.types import CostWeights, PackedTargets
+from detr_fast.ops.set_loss.native import LossResults
+from detr_fast.ops.set_loss.types import ClassLoss
+
+
+def set_criterion_native(
+    logits: Sequence[Tensor],
+    boxes: Sequence[Tensor],
+    targets: PackedTargets,
+    weights: CostWeights,
+    extra_cost: Sequence[Tensor] | None,
+    class_loss: ClassLoss,
+    num_boxes: Tensor,
+    with_slopes: bool,
+) -> tuple[Tensor, ...]:
+    """Losses, metrics, slopes of logits, L1 and GIoU, ``query_of_target`` and ``num_nonfinite``."""
+    arguments = NativeArguments(logits, boxes, targets, weights, extra_cost)
+    results = LossResults(arguments, class_loss, num_boxes, with_slopes)
+    layers, batch, _, _ = arguments.sizes
+    query_of_target = torch.empty((layers, len(targets.labels)), dtype=torch.int64)
+    num_nonfinite = torch.empty((layers, batch), dtype=torch.int64)
+    _native.module().set_criterion_cpu(
+        arguments.inputs,
+        results.num_boxes.data_ptr(),
+        results.class_loss,
+        query_of_target.data_ptr(),
+        num_nonfinite.data_ptr(),
+        results.addresses,
+        torch.get_num_threads(),
+    )
+    return *results.tensors, query_of_target, num_nonfinite
