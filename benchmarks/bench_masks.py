@@ -1,7 +1,8 @@
 """The mask head in inference and in a training step, and panoptic post-processing, against the original way.
 
 A training step is the mask head, both losses of ten matched masks, and the gradients of the mask head and of the
-features; the detector below it is not part of it. Post-processing starts from the model's output and ends with a PNG.
+features; the detector below it is not part of it. Panoptic post-processing starts from the model's output and ends with
+a PNG, that of detections with a mask for each query, both at the size of the photograph.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from benchmarks import original_masks, where
 from benchmarks.harness import Contest, Contestant
 from benchmarks.shapes import MASKS, MaskShape
-from detr_fast import PostProcessPanoptic
+from detr_fast import PostProcessPanoptic, PostProcessSegm
 from detr_fast.mask_losses import mask_losses
 from detr_fast.models.segmentation import MaskHead, QueryMasks
 
@@ -42,6 +43,11 @@ def test_training(race: Race, contestant: str) -> None:
 @pytest.mark.parametrize("contestant", CONTESTANTS)
 def test_postprocess(race: Race, contestant: str) -> None:
     race(f"panoptic post-processing {MASKS.name}", contestant, lambda: postprocess(MASKS))
+
+
+@pytest.mark.parametrize("contestant", CONTESTANTS)
+def test_detections(race: Race, contestant: str) -> None:
+    race(f"masks of detections {MASKS.name}", contestant, lambda: detections(MASKS))
 
 
 def inputs(shape: MaskShape) -> tuple[MaskHead, Tensor, Tensor, list[Tensor]]:
@@ -151,5 +157,29 @@ def postprocess(shape: MaskShape) -> Contest:
         # A pixel where two masks are equal but for rounding may go either way.
         assert [c for c, _ in segments] == [c for c, _ in expected] and len(segments) > 15, segments
         assert all(abs(a - b) <= 3 for (_, a), (_, b) in zip(segments, expected, strict=True)), (segments, expected)
+
+    return Contest([Contestant("original", original), Contestant("detr_fast", ours)], check, str(where.device()))
+
+
+def detections(shape: MaskShape) -> Contest:
+    """A binary mask of every query at the size of the photograph."""
+    torch.manual_seed(0)
+    noise = torch.randn(1, shape.num_queries, 8, 8)
+    blobs = 6 * F.interpolate(noise, shape.map_size(4), mode="bicubic").to(where.device())
+    module = PostProcessSegm()
+    size, photograph = shape.image_size, shape.photograph_size
+
+    def original() -> Tensor:
+        return original_masks.masks_of_detections(blobs[0], size, photograph)
+
+    def ours() -> Tensor:
+        return module([{}], {"pred_masks": blobs}, [photograph], [size])[0]["masks"]
+
+    expected = original()
+
+    def check(masks: Tensor) -> None:
+        # A pixel whose probability is one half but for rounding may go either way.
+        assert masks.shape == expected.shape and 0.2 < expected.float().mean() < 0.8
+        assert (masks != expected).sum() <= 5
 
     return Contest([Contestant("original", original), Contestant("detr_fast", ours)], check, str(where.device()))

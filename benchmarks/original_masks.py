@@ -50,6 +50,12 @@ def mask_losses(masks: Tensor, targets: Tensor, num_boxes: int) -> Tensor:
     return focal.mean(1).sum() / num_boxes + dice.sum() / num_boxes
 
 
+def masks_of_detections(masks: Tensor, size: tuple[int, int], target: tuple[int, int]) -> Tensor:
+    """[Q, h, w] logits of one image, that fills its batch, to [Q, 1, height, width] uint8."""
+    inside = F.interpolate(masks[:, None], size, mode="bilinear", align_corners=False).sigmoid() > 0.5
+    return F.interpolate(inside.float(), size=target, mode="nearest").byte()
+
+
 def panoptic(
     logits: Tensor,
     masks: Tensor,

@@ -16,6 +16,7 @@
 #include "cpu/assignment.h"
 #include "cpu/mask_argmax.h"
 #include "cpu/mask_loss.h"
+#include "cpu/mask_threshold.h"
 #include "cpu/relu_dropout.h"
 #include "cpu/widths.h"
 #include "quick_assignment.h"
@@ -116,15 +117,25 @@ void relu_dropout_backward_cpu(const Pair& sizes, const Rows& grad_y, const Rows
 
 using Places = std::tuple<int64_t, uintptr_t, uintptr_t>;  // count, first, share
 
+detr_fast_places places(const Places& p) {
+    return {std::get<0>(p), at<const int32_t>(std::get<1>(p)), at<const float>(std::get<2>(p))};
+}
+
 void mask_argmax_cpu(uintptr_t masks, const Triple& sizes, const Places& rows, const Places& columns, uintptr_t index,
                      int threads) {
     const py::gil_scoped_release release;
-    const auto places = [](const Places& p) {
-        return detr_fast_places{std::get<0>(p), at<const int32_t>(std::get<1>(p)), at<const float>(std::get<2>(p))};
-    };
     const auto of_rows = places(rows);
     const auto of_columns = places(columns);
     detr_fast_mask_argmax_cpu(at<const float>(masks), sizes.data(), &of_rows, &of_columns, at<int64_t>(index), threads);
+}
+
+void mask_threshold_cpu(uintptr_t masks, const Triple& sizes, const Places& rows, const Places& columns, float bound,
+                        uintptr_t above, int threads) {
+    const py::gil_scoped_release release;
+    const auto of_rows = places(rows);
+    const auto of_columns = places(columns);
+    detr_fast_mask_threshold_cpu(at<const float>(masks), sizes.data(), &of_rows, &of_columns, bound, at<uint8_t>(above),
+                                 threads);
 }
 
 using Image = std::array<int64_t, 4>;  // address, count, height and width of an image's masks
@@ -200,6 +211,7 @@ PYBIND11_MODULE(_C, m) {
     bind_criterion(m);
     m.def("mask_argmax_cpu", &mask_argmax_cpu);
     m.def("mask_loss_cpu", &mask_loss_cpu);
+    m.def("mask_threshold_cpu", &mask_threshold_cpu);
 #if defined(DETR_FAST_WITH_CUDA)
     m.attr("cuda") = DETR_FAST_CUDA_VERSION;
     m.attr("cuda_architectures") = DETR_FAST_CUDA_ARCHITECTURES;

@@ -18,6 +18,7 @@ from detr_fast.ops.attention.api import OP as ATTENTION
 from detr_fast.ops.conv.api import OP as CONV
 from detr_fast.ops.mask_argmax.api import OP as MASK_ARGMAX
 from detr_fast.ops.mask_loss.api import OP as MASK_LOSS
+from detr_fast.ops.mask_threshold.api import OP as MASK_THRESHOLD
 from detr_fast.ops.matching.api import OP as MATCHING
 from detr_fast.ops.matching_cost.api import OP as MATCHING_COST
 from detr_fast.ops.relu_dropout.api import OP as RELU_DROPOUT
@@ -37,6 +38,7 @@ OPS = (
     MASK_LOSS,
     MASK_ARGMAX,
     CONV,
+    MASK_THRESHOLD,
 )
 
 PACKAGES = ("detr_fast", "torch", "numpy", "scipy", "triton", "torchvision", "pillow", "hotcoco", "safetensors")

@@ -12,11 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detr_fast.ops import Places, mask_argmax
+from detr_fast.ops import Places, mask_argmax, mask_threshold
 
 Sizes = Sequence[Sequence[int] | Tensor] | Tensor
-# Masks at the image's size in memory at a time.
-CHUNK = 16
 # The original drops a segment of this many pixels or fewer.
 TINY = 4
 
@@ -71,8 +69,7 @@ class PostProcessSegm(nn.Module):
         with_masks = []
         for result, masks, inside, size in zip(results, pred_masks, batch_sizes, sizes, strict=True):
             rows, columns = _places(_nearest, masks.shape[-2:], frame, inside, size)
-            binary = [columns.interpolate(rows.interpolate(part, 1), 2) > bound for part in masks.float().split(CHUNK)]
-            with_masks.append({**result, "masks": torch.cat(binary)[:, None].to(torch.uint8)})
+            with_masks.append({**result, "masks": mask_threshold(masks, rows, columns, bound)[:, None]})
         return with_masks
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from small import small_criterion, small_detr
+from small import small_criterion, small_detr, small_segm
 from torch import Tensor, nn
 from training_data import loader
 
@@ -63,6 +63,17 @@ def gradients(share: Samples, *, weights: dict[str, Tensor], ce: float, accumula
     options = OptimConfig(epochs=1, clip_max_norm=0, lr=0, lr_backbone=0, accumulate=accumulate)
     state = fit(model, criterion, loader(share, len(share) // accumulate), options)
     assert state.step == 1
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def mask_gradients(share: Samples, *, weights: dict[str, Tensor], ce: float) -> dict[str, Tensor]:
+    """As ``gradients``, of a model with a mask head: all its parameters have one."""
+    model = small_segm().double()
+    model.load_state_dict(weights)
+    share = [(image.double(), {**target, "boxes": target["boxes"].double()}) for image, target in share]
+    criterion = small_criterion(masks=True)
+    criterion.weight_dict["loss_ce"] = ce
+    fit(model, criterion, loader(share, len(share)), OptimConfig(epochs=1, clip_max_norm=0, lr=0, lr_backbone=0))
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 

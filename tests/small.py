@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detr_fast import Detr, HungarianMatcher, SetCriterion, Transformer
+from detr_fast import (
+    Detr,
+    DetrSegm,
+    HungarianMatcher,
+    ImageBatch,
+    Joiner,
+    PositionEmbeddingSine,
+    SetCriterion,
+    Transformer,
+)
+from detr_fast.models.backbone import with_mask
 
 
 class PatchBackbone(nn.Module):
@@ -35,11 +46,27 @@ def small_detr(num_classes: int = 5, num_queries: int = 7, *, dropout: float = 0
     return Detr(PatchBackbone(), transformer, num_classes, num_queries, aux_loss=True)
 
 
-def small_criterion(num_classes: int = 5, **options) -> SetCriterion:
+class PatchPyramid(PatchBackbone):
+    """The patches at four sizes, as a mask head needs them."""
+
+    def forward(self, samples: ImageBatch) -> list[ImageBatch]:
+        patches = self.patch(samples.tensors)
+        return [with_mask(F.interpolate(patches, scale_factor=scale), samples) for scale in (8.0, 4.0, 2.0, 1.0)]
+
+
+def small_segm(chunk: int = 2) -> DetrSegm:
+    """``small_detr`` with a mask head."""
+    detr = small_detr()
+    detr.backbone = Joiner(PatchPyramid(), PositionEmbeddingSine(8, normalize=True))
+    return DetrSegm(detr, chunk=chunk, fpn_dims=[PatchBackbone.num_channels] * 3)
+
+
+def small_criterion(num_classes: int = 5, *, masks: bool = False, **options) -> SetCriterion:
     weights = {"loss_ce": 1.0, "loss_bbox": 5.0, "loss_giou": 2.0}
-    return SetCriterion(
-        num_classes, HungarianMatcher(1, 5, 2), weights, 0.1, ["labels", "boxes", "cardinality"], **options
-    )
+    losses = ["labels", "boxes", "cardinality"]
+    if masks:
+        weights, losses = {**weights, "loss_mask": 1.0, "loss_dice": 1.0}, [*losses, "masks"]
+    return SetCriterion(num_classes, HungarianMatcher(1, 5, 2), weights, 0.1, losses, **options)
 
 
 def random_boxes(count: int) -> Tensor:

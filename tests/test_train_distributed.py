@@ -7,8 +7,18 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_worker import Case, gradients, not_finite, refused, resumed, run_cases, stopped, trained
-from small import small_detr
+from distributed_worker import (
+    Case,
+    gradients,
+    mask_gradients,
+    not_finite,
+    refused,
+    resumed,
+    run_cases,
+    stopped,
+    trained,
+)
+from small import small_detr, small_segm
 from torch import Tensor
 from training_data import samples
 
@@ -28,6 +38,14 @@ EQUAL_COUNTS = {"equal": [3, 1, 2, 2], "no targets at all": [0, 0, 0, 0]}
 ANY_COUNTS = {"unequal": [3, 1, 0, 1], "no targets on one process": [0, 0, 2, 1], "one target": [1, 0, 0, 0]}
 
 
+# With masks: one process has none, and its mask head must answer all the same.
+MASK_COUNTS = {"masks": [2, 1, 3, 0], "no masks on one process": [0, 0, 2, 1], "no masks at all": [0, 0, 0, 0]}
+
+
+def random_masks(count: int, side: int = 32) -> Tensor:
+    return torch.rand(count, side, side) > torch.rand(count, 1, 1)
+
+
 @pytest.fixture(scope="module")
 def cases() -> dict[str, Case]:
     print("seed", torch.seed())
@@ -36,6 +54,9 @@ def cases() -> dict[str, Case]:
         data = samples(counts)
         settings = {"weights": small_detr().state_dict(), "ce": 1.0 if name in EQUAL_COUNTS else 0.0}
         found[name] = Case(gradients, [data[:2], data[2:]], settings)
+    for name, counts in MASK_COUNTS.items():
+        data = [(image, {**target, "masks": random_masks(len(target["labels"]))}) for image, target in samples(counts)]
+        found[name] = Case(mask_gradients, [data[:2], data[2:]], {"weights": small_segm().state_dict(), "ce": 0.0})
     data = samples([2] * 4)
     accumulating = {"weights": small_detr().state_dict(), "ce": 1.0, "accumulate": 2}
     found["accumulating"] = Case(gradients, [data[:2], data[2:]], accumulating)
@@ -64,6 +85,22 @@ def test_gradients_are_those_of_the_joined_batch(name: str, cases: dict[str, Cas
     expected = joined(cases[name])
     for found in results:
         assert_same_gradients(found[name], expected)
+
+
+@pytest.mark.parametrize("name", MASK_COUNTS)
+def test_gradients_of_the_mask_head_are_those_of_the_joined_batch(
+    name: str, cases: dict[str, Case], results: list[Any]
+) -> None:
+    case = cases[name]
+    expected = mask_gradients(case.shares[0] + case.shares[1], **case.settings)
+    parameters = {key for key, _ in small_segm().named_parameters()}
+    for found in results:
+        assert found[name].keys() == parameters, "a process waits for ever for a parameter without a gradient"
+        for key, value in expected.items():
+            torch.testing.assert_close(
+                found[name][key], value, rtol=1e-6, atol=1e-9, msg=lambda text, k=key: f"{k}: {text}"
+            )
+    assert (expected["mask_head.lay3.weight"].abs().max() > 1e-5) == any(MASK_COUNTS[name])
 
 
 def test_fewer_targets_than_processes(cases: dict[str, Case], results: list[Any]) -> None:

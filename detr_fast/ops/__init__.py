@@ -24,6 +24,7 @@ from detr_fast.ops.conv import PackedConv, conv
 from detr_fast.ops.dropout import Dropout
 from detr_fast.ops.mask_argmax import Places, mask_argmax
 from detr_fast.ops.mask_loss import MaskLosses, mask_loss
+from detr_fast.ops.mask_threshold import mask_threshold
 from detr_fast.ops.matching import Matching, matching
 from detr_fast.ops.matching_cost import CostWeights, MatchingCost, PackedTargets, matching_cost
 from detr_fast.ops.relu_dropout import relu_dropout
@@ -58,6 +59,7 @@ __all__ = [
     "elementwise_iou",
     "mask_argmax",
     "mask_loss",
+    "mask_threshold",
     "matching",
     "matching_cost",
     "pairwise_giou",

@@ -61,8 +61,10 @@ def test_half_precision_and_ties(backend: str, dtype: torch.dtype) -> None:
 
 def test_bad_input_is_refused() -> None:
     rows, columns = everywhere((3, 4), (6, 8))
-    with pytest.raises(ValueError, match=r"masks must be float \[K, h, w\] without a zero, got torch.float32 \[0, 3"):
+    with pytest.raises(ValueError, match="masks must be at least one, got none"):
         mask_argmax(torch.zeros(0, 3, 4), rows, columns)
+    with pytest.raises(ValueError, match=r"masks must be float \[K, h, w\] with pixels, got torch.float32 \[2, 0, 4\]"):
+        mask_argmax(torch.zeros(2, 0, 4), rows, columns)
     with pytest.raises(ValueError, match="rows must be places in maps of 4 rows"):
         mask_argmax(torch.zeros(2, 4, 4), rows, columns)
     with pytest.raises(ValueError, match="columns must be places in maps of 4 columns"):

@@ -5,15 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from detr_fast.ops import _triton
 from detr_fast.ops._dispatch import Implementation, Op, always_runs
 from detr_fast.ops.mask_argmax.native import mask_argmax_native, why_not
 from detr_fast.ops.mask_argmax.reference import mask_argmax_reference
-from detr_fast.ops.mask_argmax.types import Places
+from detr_fast.ops.mask_argmax.types import Places, check_places
+
+
+def _triton_forward(masks: Tensor, rows: Places, columns: Places) -> Tensor:
+    from detr_fast.ops.mask_argmax.triton_impl import mask_argmax_triton  # on demand: it imports Triton
+
+    return mask_argmax_triton(masks, rows, columns)
+
 
 OP = Op(
     name="mask_argmax",
     implementations=(
         Implementation("native", mask_argmax_native, why_not),
+        Implementation("triton", _triton_forward, lambda masks: _triton.why_not(masks.device)),
         Implementation("reference", mask_argmax_reference, always_runs),
     ),
     example=lambda device: (torch.empty(1, 1, 1, device=device),),
@@ -26,11 +35,11 @@ def mask_argmax(masks: Tensor, rows: Places, columns: Places, *, backend: str | 
     Args:
         masks: [K, h, w] float, at least one and with pixels.
         rows, columns: the places to look at, of maps of h rows and w columns.
-        backend: "native" or "reference"; None takes the fastest that can run here.
+        backend: "native", "triton" or "reference"; None takes the fastest that can run here.
 
     Returns:
         [rows, columns] int64 on the masks' device; of equal masks the first. A value that is no number is the highest
-        in "reference", and never so in "native".
+        in "reference", and never so in the others.
 
     Raises:
         ValueError: a shape or dtype is not as above, or a place lies outside.
@@ -38,11 +47,7 @@ def mask_argmax(masks: Tensor, rows: Places, columns: Places, *, backend: str | 
 
     Not differentiable. Nothing waits for the device.
     """
-    if masks.ndim != 3 or not masks.is_floating_point() or 0 in masks.shape:
-        raise ValueError(f"masks must be float [K, h, w] without a zero, got {masks.dtype} {list(masks.shape)}")
-    for name, places, size in (("rows", rows, masks.shape[1]), ("columns", columns, masks.shape[2])):
-        first = places.first
-        inside = len(first) == 0 or (int(first.min()) >= 0 and int(first.max()) < size)
-        if places.size != size or len(places.share) != len(first) or not inside:
-            raise ValueError(f"{name} must be places in maps of {size} {name}, got {places}")
+    check_places(masks, rows, columns)
+    if len(masks) == 0:
+        raise ValueError("masks must be at least one, got none")
     return OP.choose(backend, masks).run(masks, rows, columns)

@@ -20,14 +20,18 @@ def why_not(masks: Tensor) -> str | None:
 
 def mask_argmax_native(masks: Tensor, rows: Places, columns: Places) -> Tensor:
     x = masks.detach().float().contiguous()
-    firsts = [np.ascontiguousarray(places.first, np.int32) for places in (rows, columns)]
-    shares = [np.ascontiguousarray(places.share, np.float32) for places in (rows, columns)]
+    places = [places_of(along) for along in (rows, columns)]
     index = torch.empty(len(rows.first), len(columns.first), dtype=torch.int64)
     _native.module().mask_argmax_cpu(
         x.data_ptr(),
         x.shape,
-        *((len(a), a.ctypes.data, b.ctypes.data) for a, b in zip(firsts, shares, strict=True)),
+        *((len(first), first.ctypes.data, share.ctypes.data) for first, share in places),
         index.data_ptr(),
         torch.get_num_threads(),
     )
     return index
+
+
+def places_of(along: Places) -> tuple[np.ndarray, np.ndarray]:
+    """``first`` and ``share`` as the C++ reads them."""
+    return np.ascontiguousarray(along.first, np.int32), np.ascontiguousarray(along.share, np.float32)

@@ -30,12 +30,29 @@ class Places(NamedTuple):
         share = np.where(first == size - 1, 0, source - first)
         return Places(first, share.astype(np.float32), size)
 
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """``first`` and ``share`` on a device, which is not waited for."""
+        # Memory that is not pinned is read before the call returns, blocking or not.
+        first, share = torch.from_numpy(self.first), torch.from_numpy(self.share)
+        return first.to(device, non_blocking=True), share.to(device, non_blocking=True)
+
     def interpolate(self, maps: Tensor, dim: int) -> Tensor:
         """Maps with ``size`` rows or columns in the dimension 1 or 2, at the places."""
-        first = torch.from_numpy(self.first).to(maps.device)
-        share = torch.from_numpy(self.share).to(maps)
+        first, share = self.on(maps.device)
+        share = share.to(maps.dtype)
         if dim == 1:
             share = share[:, None]
         return torch.lerp(
             maps.index_select(dim, first), maps.index_select(dim, (first + 1).clamp(max=self.size - 1)), share
         )
+
+
+def check_places(masks: Tensor, rows: Places, columns: Places) -> None:
+    """Raise a ValueError where masks are not float [K, h, w] with pixels, or the places not of maps of that size."""
+    if masks.ndim != 3 or not masks.is_floating_point() or 0 in masks.shape[1:]:
+        raise ValueError(f"masks must be float [K, h, w] with pixels, got {masks.dtype} {list(masks.shape)}")
+    for name, places, size in (("rows", rows, masks.shape[1]), ("columns", columns, masks.shape[2])):
+        first = places.first
+        inside = len(first) == 0 or (int(first.min()) >= 0 and int(first.max()) < size)
+        if places.size != size or len(places.share) != len(first) or not inside:
+            raise ValueError(f"{name} must be places in maps of {size} {name}, got {places}")

@@ -11,14 +11,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from detr_fast.ops import _triton
 from detr_fast.ops._dispatch import Implementation, Op, always_runs, goes_through_dispatcher
 from detr_fast.ops.mask_loss.native import mask_loss_native, why_not
 from detr_fast.ops.mask_loss.reference import mask_loss_reference, mask_loss_reference_gradients
+
+
+def _triton_losses(logits: Tensor, masks: Sequence[Tensor], with_gradients: bool) -> tuple[Tensor, ...]:
+    from detr_fast.ops.mask_loss.triton_impl import mask_loss_triton  # on demand: it imports Triton
+
+    return mask_loss_triton(logits, masks, with_gradients)
+
 
 OP = Op(
     name="mask_loss",
     implementations=(
         Implementation("native", mask_loss_native, why_not),
+        Implementation("triton", _triton_losses, lambda logits: _triton.why_not(logits.device)),
         Implementation("reference", mask_loss_reference, always_runs),
     ),
     example=lambda device: (torch.empty(1, 1, 1, device=device),),
@@ -47,7 +56,7 @@ def mask_loss(logits: Tensor, masks: Sequence[Tensor], *, backend: str | None = 
         logits: [N, h, w] float, the predictions for the masks of all images one behind the other.
         masks: for each image [T, height, width] bool (or uint8 of 0 and 1), of N masks together. An image without
             masks has T = 0, and its size counts.
-        backend: "native" or "reference"; None takes the fastest that can run here.
+        backend: "native", "triton" or "reference"; None takes the fastest that can run here.
 
     Returns:
         See MaskLosses. Differentiable once in ``logits``.
@@ -56,18 +65,19 @@ def mask_loss(logits: Tensor, masks: Sequence[Tensor], *, backend: str | None = 
         ValueError: a shape, dtype or device is not as above.
         NotImplementedError: ``backend`` cannot run these inputs; the message says why.
 
-    "native" keeps no number for each pixel of the frame. Nothing waits for the device.
+    "native" and "triton" keep no number for each pixel of the frame. Nothing waits for the device.
     """
     masks = list(masks)
     _check(logits, masks)
     with_gradients = logits.requires_grad and torch.is_grad_enabled()
     if goes_through_dispatcher(logits):
         return MaskLosses(*torch.ops.detr_fast.mask_loss(logits, masks, with_gradients, backend)[:2])
-    if OP.choose(backend, logits).name == "reference":
+    chosen = OP.choose(backend, logits)
+    if chosen.name == "reference":
         return MaskLosses(*mask_loss_reference(logits, masks))
     if not with_gradients:
-        return MaskLosses(*mask_loss_native(logits, masks, False)[:2])
-    return MaskLosses(*_MaskLoss.apply(logits, masks))
+        return MaskLosses(*chosen.run(logits, masks, False)[:2])
+    return MaskLosses(*_MaskLoss.apply(logits, masks, chosen.run))
 
 
 def _check(logits: Tensor, masks: Sequence[Tensor]) -> None:
@@ -89,8 +99,8 @@ def _check(logits: Tensor, masks: Sequence[Tensor]) -> None:
 
 class _MaskLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, masks):
-        focal, dice, *gradients = mask_loss_native(logits, masks, True)
+    def forward(ctx, logits, masks, run):
+        focal, dice, *gradients = run(logits, masks, True)
         ctx.save_for_backward(*gradients)
         ctx.dtype = logits.dtype
         return focal, dice
@@ -98,7 +108,7 @@ class _MaskLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_focal, grad_dice):
-        return _weighted(ctx, grad_focal, grad_dice), None
+        return _weighted(ctx, grad_focal, grad_dice), None, None
 
 
 def _weighted(ctx, grad_focal, grad_dice) -> Tensor:
@@ -116,8 +126,9 @@ torch.library.define(
 
 @torch.library.impl("detr_fast::mask_loss", "CompositeExplicitAutograd")
 def _node(logits, masks, with_gradients, backend=None):
-    if OP.choose(backend, logits).name == "native":
-        return mask_loss_native(logits, masks, with_gradients)
+    chosen = OP.choose(backend, logits)
+    if chosen.name != "reference":
+        return chosen.run(logits, masks, with_gradients)
     losses = mask_loss_reference(logits, masks)
     if with_gradients:
         return *losses, *mask_loss_reference_gradients(logits, masks)
