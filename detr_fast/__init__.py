@@ -20,6 +20,7 @@ from detr_fast.models.presets import (
 )
 from detr_fast.models.segmentation import DetrSegm
 from detr_fast.models.transformer import Transformer
+from detr_fast.optimize import optimize
 from detr_fast.postprocess import PostProcess
 from detr_fast.postprocess_masks import PostProcessPanoptic, PostProcessSegm
 
@@ -60,6 +61,7 @@ __all__ = [
     "detr_resnet101_dc5",
     "detr_resnet101_panoptic",
     "model_from_checkpoint",
+    "optimize",
 ]
 
 

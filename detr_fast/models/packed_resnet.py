@@ -1,0 +1,180 @@
+"""A ResNet for inference: norms folded, bias, sum and ReLU inside the convolutions, maps in memory that is kept."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detr_fast.models.backbone import BasicBlock, Bottleneck, FrozenBatchNorm2d, ResNet
+from detr_fast.ops import PackedConv, conv
+
+
+class Workspace:
+    """Memory for the maps of one call; the next one writes over it, at any size.
+
+    A large map that is allocated afresh costs more in page faults than many a convolution takes to fill it.
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[str, Tensor] = {}
+
+    def take(self, name: str, x: Tensor, packed: PackedConv) -> Tensor:
+        """Where ``conv(x, packed)`` may write its result: [B, K, H', W'] in the memory called ``name``."""
+        shape = (len(x), *packed.out_size(*x.shape[2:]), len(packed.weight))
+        size, memory = math.prod(shape), self._memory.get(name)
+        if memory is None or len(memory) < size or memory.dtype != x.dtype or memory.device != x.device:
+            self._memory.pop(name, None)  # given back before more is taken
+            # Inside torch.inference_mode it would be of no use to a call outside.
+            with torch.inference_mode(False):
+                memory = self._memory[name] = torch.empty(size, dtype=x.dtype, device=x.device)
+        return memory[:size].view(shape).permute(0, 3, 1, 2)
+
+
+def _room(workspace: Workspace | None, name: str, x: Tensor, packed: PackedConv) -> Tensor | None:
+    return None if workspace is None else workspace.take(name, x, packed)
+
+
+class Workspaces:
+    """As many workspaces as there ever were calls at the same time; copies and pickles hold none."""
+
+    def __init__(self) -> None:
+        self._free: deque[Workspace] = deque()
+
+    @contextmanager
+    def one(self) -> Iterator[Workspace]:
+        """A workspace that nobody else has."""
+        try:
+            workspace = self._free.pop()
+        except IndexError:
+            workspace = Workspace()
+        try:
+            yield workspace
+        finally:
+            self._free.append(workspace)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_free": deque()}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Workspaces:
+        return Workspaces()
+
+
+class PackedBlock:
+    """The convolutions of a ``BasicBlock`` or ``Bottleneck``, one behind the other, and of its shortcut."""
+
+    def __init__(self, convs: list[PackedConv], shortcut: PackedConv | None) -> None:
+        self.convs, self.shortcut = convs, shortcut
+
+    @staticmethod
+    def of(block: nn.Module, dtype: torch.dtype) -> PackedBlock:
+        """With its norms folded."""
+        assert isinstance(block, (BasicBlock, Bottleneck))
+        pairs = [(block.conv1, block.bn1), (block.conv2, block.bn2)]
+        if isinstance(block, Bottleneck):
+            pairs.append((block.conv3, block.bn3))
+        downsample = block.downsample
+        shortcut = None if downsample is None else folded(downsample[0], downsample[1], dtype)
+        return PackedBlock([folded(conv, norm, dtype) for conv, norm in pairs], shortcut)
+
+    def __call__(self, x: Tensor, workspace: Workspace | None, name: str) -> Tensor:
+        """The block's map in the memory called ``name``; without a shortcut convolution in that of ``x`` itself."""
+        y = x
+        for number, packed in enumerate(self.convs[:-1]):
+            y = conv(y, packed, relu=True, out=_room(workspace, f"inner{number}", y, packed))
+        if self.shortcut is not None:
+            x = conv(x, self.shortcut, out=_room(workspace, name, x, self.shortcut))
+        return conv(y, self.convs[-1], residual=x, relu=True, out=None if workspace is None else x)
+
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> PackedBlock:
+        """With ``fn`` applied to every weight and bias."""
+        shortcut = None if self.shortcut is None else applied(fn, self.shortcut)
+        return PackedBlock([applied(fn, packed) for packed in self.convs], shortcut)
+
+
+class PackedResNet(nn.Module):
+    """Computes what a ``ResNet`` computes in eval mode. It can be pickled, copied, moved, and called by many threads.
+
+    It has no parameters: ``state_dict`` knows nothing of it.
+
+    Args:
+        body: stays as it is; its weights are copied. Its norms are frozen batch norms or ordinary ones.
+        all_maps: return the maps of all four stages; otherwise a list of the last alone.
+        dtype: of the computation; the maps returned are of the images' dtype.
+
+    Raises:
+        ValueError: ``body`` has a norm or a convolution of another kind.
+    """
+
+    def __init__(self, body: ResNet, *, all_maps: bool = True, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.all_maps = all_maps
+        self.dtype = dtype
+        self.stage_channels = body.stage_channels
+        self.stem = folded(body.conv1, body.bn1, dtype)
+        stages = (body.layer1, body.layer2, body.layer3, body.layer4)
+        self.stages = [[PackedBlock.of(block, dtype) for block in stage] for stage in stages]
+        self.workspaces = Workspaces()
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """[B, 3, H, W] to the maps of the four stages, or of the last, at 1/4 to 1/32 (dilated: 1/16) of the size."""
+        # The allocator of a GPU keeps memory by itself, and a compiler plans its own.
+        if images.device.type != "cpu" or torch.compiler.is_compiling() or type(images) is not Tensor:
+            return self._run(images, None)
+        with self.workspaces.one() as workspace:
+            return self._run(images, workspace)
+
+    def _run(self, images: Tensor, workspace: Workspace | None) -> list[Tensor]:
+        x = images.to(self.dtype, memory_format=torch.channels_last)
+        x = conv(x, self.stem, relu=True, out=_room(workspace, "maps0", x, self.stem))
+        x = F.max_pool2d(x, 3, stride=2, padding=1)
+        maps = []
+        for number, stage in enumerate(self.stages):
+            for block in stage:
+                x = block(x, workspace, f"maps{number % 2}")
+            if self.all_maps or stage is self.stages[-1]:
+                # A copy: the workspace's memory is for the next call.
+                maps.append(x.to(images.dtype, copy=True))
+        return maps
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedResNet:
+        super()._apply(fn, recurse)
+        self.stem = applied(fn, self.stem)
+        self.stages = [[block.apply(fn) for block in stage] for stage in self.stages]
+        self.dtype = self.stem.weight.dtype
+        return self
+
+
+def folded(conv: nn.Module, norm: nn.Module, dtype: torch.dtype = torch.float32) -> PackedConv:
+    """norm(conv(x)) as one convolution, formed in the weight's own dtype."""
+    simple = isinstance(conv, nn.Conv2d) and conv.groups == 1 and conv.padding_mode == "zeros"
+    if not isinstance(conv, nn.Conv2d) or not simple or isinstance(conv.padding, str):
+        raise ValueError(f"a convolution must be nn.Conv2d in one group with zeros around it, got {conv}")
+    scale, shift = _scale_and_shift(norm)
+    weight = conv.weight.detach() * scale[:, None, None, None]
+    if conv.bias is not None:
+        shift = shift + conv.bias.detach() * scale
+    (stride, _), (padding, _), (dilation, _) = conv.stride, conv.padding, conv.dilation
+    return PackedConv.of(weight.to(dtype), shift.to(dtype), stride=stride, padding=padding, dilation=dilation)
+
+
+def _scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    if isinstance(norm, FrozenBatchNorm2d):
+        return norm.scale_and_shift()
+    if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None or norm.running_var is None:
+        raise ValueError(f"a norm must be FrozenBatchNorm2d or nn.BatchNorm2d with statistics, got {norm}")
+    scale = norm.weight.detach() * (norm.running_var + norm.eps).rsqrt()
+    return scale, norm.bias.detach() - norm.running_mean * scale
+
+
+def applied(fn: Callable[[Tensor], Tensor], packed: PackedConv) -> PackedConv:
+    """The same convolution with ``fn`` applied to weight and bias, such as a move to another device."""
+    bias = None if packed.bias is None else fn(packed.bias)
+    steps = {"stride": packed.stride, "padding": packed.padding, "dilation": packed.dilation}
+    return PackedConv.of(fn(packed.weight), bias, **steps)
