@@ -22,6 +22,7 @@ from detr_fast.data.transforms import eval_transforms
 from detr_fast.distributed import all_gather_objects, is_distributed, is_main
 from detr_fast.models.detr import detect
 from detr_fast.models.segmentation import DetrSegm
+from detr_fast.optimize import optimize, optimizes
 from detr_fast.panoptic_evaluator import PanopticEvaluator, PanopticResult
 from detr_fast.postprocess import PostProcess
 from detr_fast.postprocess_masks import PostProcessPanoptic, PostProcessSegm
@@ -38,6 +39,7 @@ def evaluate(
     device: torch.device | str,
     criterion: nn.Module | None = None,
     amp: bool = False,
+    optimized: bool = True,
 ) -> tuple[Any, dict[str, float]]:
     """Run a model over a data set and measure its COCO numbers.
 
@@ -53,6 +55,8 @@ def evaluate(
         device: where to run.
         criterion: (outputs, targets) to losses; None measures none.
         amp: run the model in bfloat16 autocast.
+        optimized: run an optimised copy of a model that contains a ResNet (see ``optimize``); not with ``amp``, whose
+            casts a copy does without.
 
     Returns:
         The evaluator's result, of its first IoU type (see CocoResult, PanopticResult), and the losses averaged over all
@@ -66,6 +70,8 @@ def evaluate(
         _check_same_length(loader)
     # DistributedDataParallel's forward exchanges buffers, so processes with fewer batches would hang the others.
     module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    if optimized and not amp and optimizes(module):
+        module = optimize(module, aux_outputs=criterion is not None)
     device, losses = torch.device(device), _MeanLosses(criterion)
     was_training = module.training
     module.eval()

@@ -10,58 +10,66 @@ from torch import Tensor, nn
 
 from detr_fast.models.backbone import Backbone, ResNet
 from detr_fast.models.detr import Detr
-from detr_fast.models.packed_resnet import PackedResNet
+from detr_fast.models.packed_resnet import PackedResNet, can_pack
 from detr_fast.models.transformer import Transformer
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def optimize(
-    model: Model, *, dtype: torch.dtype = torch.float32, aux_outputs: bool = False, compile: bool = False
+    model: Model, *, dtype: torch.dtype | None = None, aux_outputs: bool = False, compile: bool = False
 ) -> Model:
     """Make an inference copy of a model.
 
     Every ResNet in it becomes a ``PackedResNet``: batch norms folded into weights that lie as the convolutions read
     them, bias, sum and ReLU inside the convolutions, and large maps in memory that is used again by the next call. Any
-    other backbone stays as it is. The copy takes the arguments of the model and images of any size; it can be
-    pickled, copied, moved to a device and called by several threads at once. It is in eval mode, needs no gradients,
-    and has no weights of a ResNet in its ``state_dict``: keep the model itself for training on and for checkpoints.
+    other backbone, and a ResNet with other norms, stays as it is.
+
+    The copy takes the arguments of the model and images of any size; it can be pickled, copied, moved to a device and
+    called by several threads at once. It is in eval mode, needs no gradients, and has no weights of a ResNet in its
+    ``state_dict``: keep the model itself for training on and for checkpoints.
 
     Args:
         model: a ``Detr``, a ``DetrSegm``, or a module that contains a ``ResNet``; stays as it is.
-        dtype: of the computation in ResNets and transformers, float32 or bfloat16. Outputs are float32. Boxes of
-            float32 differ from the model's by rounding; bfloat16 has 8 bits of precision.
+        dtype: torch.bfloat16 for a float32 model: ResNets and transformers compute in it, with 8 bits of precision, and
+            what comes out is float32. None keeps the model's own, and its answers but for rounding.
         aux_outputs: go on returning the outputs of the earlier decoder layers, where the model does; losses need them.
         compile: compile the transformer with ``torch.compile``, for any size, at its first call. It needs a C++
             compiler, and a pickle of the copy is not compiled.
 
     Raises:
-        ValueError: ``dtype`` is another one, or a ResNet has norms of another kind than batch norm.
+        ValueError: ``dtype`` is another one.
     """
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
+    if dtype not in (None, torch.bfloat16):
+        raise ValueError(f"dtype must be None or torch.bfloat16, got {dtype}")
     # What is found in the memo is not copied but taken from it.
     fast: Model = copy.deepcopy(model, _packed_bodies(model, dtype))
     fast.eval().requires_grad_(False)
     for module in list(fast.modules()):
         if isinstance(module, Detr):
             module.aux_loss = module.aux_loss and aux_outputs
-        if isinstance(module, Transformer) and dtype != torch.float32:
+        if isinstance(module, Transformer) and dtype is not None:
             _compute_in(dtype, module)
         if isinstance(module, Transformer) and compile:
             module.compile(dynamic=True)
     return fast
 
 
-def _packed_bodies(model: nn.Module, dtype: torch.dtype) -> dict[int, Any]:
-    """A ``PackedResNet`` for each ResNet of ``model``, by the ResNet's id."""
-    packed: dict[int, Any] = {}
+def optimizes(model: nn.Module) -> bool:
+    """Whether ``optimize`` finds a ResNet in ``model`` that it can pack; if not, a copy is no faster on a CPU."""
+    return any(isinstance(module, ResNet) and can_pack(module) for module in model.modules())
+
+
+def _packed_bodies(model: nn.Module, dtype: torch.dtype | None) -> dict[int, Any]:
+    """A ``PackedResNet`` for each ResNet of ``model`` that can be one, by the ResNet's id."""
+    all_maps: dict[nn.Module, bool] = {}
     for module in model.modules():
-        if isinstance(module, Backbone) and isinstance(module.body, ResNet):
-            packed[id(module.body)] = PackedResNet(module.body, all_maps=module.return_interm_layers, dtype=dtype)
-        elif isinstance(module, ResNet) and id(module) not in packed:
-            packed[id(module)] = PackedResNet(module, dtype=dtype)
-    return packed
+        if isinstance(module, Backbone):
+            all_maps[module.body] = module.return_interm_layers
+        if isinstance(module, ResNet):
+            all_maps.setdefault(module, True)
+    bodies = [body for body in all_maps if isinstance(body, ResNet) and can_pack(body)]
+    return {id(body): PackedResNet(body, all_maps=all_maps[body], dtype=dtype) for body in bodies}
 
 
 def _compute_in(dtype: torch.dtype, module: nn.Module) -> None:

@@ -21,6 +21,7 @@ from detr_fast.data.transforms import eval_transforms
 from detr_fast.drawing import draw_boxes
 from detr_fast.models.detr import detect
 from detr_fast.models.segmentation import DetrSegm
+from detr_fast.optimize import optimize, optimizes
 from detr_fast.panoptic_prediction import PanopticPrediction
 from detr_fast.postprocess import PostProcess
 from detr_fast.postprocess_masks import PostProcessPanoptic
@@ -96,6 +97,8 @@ class Predictor:
         batch_size: how many images go through the model together; they are padded to a common size.
         device: the model is moved there; None leaves it where it is.
         is_thing_map: category id to whether it is a thing (True) or stuff, which ``panoptic`` needs to know.
+        optimized: run an optimised copy of a model that contains a ResNet (see ``optimize``); what is done to the model
+            later does not change the copy. Otherwise the model itself.
 
     Raises:
         ValueError: ``threshold`` is outside [0, 1], or a size is not positive.
@@ -112,13 +115,15 @@ class Predictor:
         batch_size: int = 1,
         device: torch.device | str | None = None,
         is_thing_map: Mapping[int, bool] | None = None,
+        optimized: bool = True,
     ) -> None:
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold must be in [0, 1], got {threshold}")
         for name, value in (("size", size), ("max_size", max_size), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        self.model = model if device is None else model.to(device)
+        model = model if device is None else model.to(device)
+        self.model = optimize(model) if optimized and optimizes(model) else model
         self.categories = {int(number): name for number, name in (categories or {}).items()}
         self.is_thing_map = {int(number): bool(thing) for number, thing in (is_thing_map or {}).items()}
         self.threshold = threshold

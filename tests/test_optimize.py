@@ -22,6 +22,8 @@ from detr_fast.data.transforms import eval_transforms
 from detr_fast.models.backbone import Backbone, BasicBlock, ResNet
 from detr_fast.models.packed_resnet import PackedResNet, Workspaces, folded
 from detr_fast.models.segmentation import DetrSegm
+from detr_fast.optimize import optimizes
+from detr_fast.predictor import Predictor
 
 NAMES = ("pred_logits", "pred_boxes")
 
@@ -116,6 +118,33 @@ def test_other_backbones_stay_as_they_are() -> None:
     torch.testing.assert_close(fast(images)["pred_boxes"], model(images)["pred_boxes"])
 
 
+def test_a_resnet_with_other_norms_stays_as_it_is() -> None:
+    net, images = (
+        ResNet(BasicBlock, (1, 1, 1, 1), norm=lambda width: nn.GroupNorm(2, width), width=8),
+        torch.randn(1, 3, 40, 64),
+    )
+    model = nn.Sequential(net)
+    assert not optimizes(model) and optimizes(resnet_detr()) and not optimizes(small_detr())
+    for ours, theirs in zip(optimize(model)(images), model(images), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_float64_stays_float64() -> None:
+    net, images = ResNet(BasicBlock, (1, 1, 1, 1), width=8).double(), torch.randn(1, 3, 40, 64, dtype=torch.float64)
+    for ours, theirs in zip(optimize(nn.Sequential(net))(images), net(images), strict=True):
+        torch.testing.assert_close(ours, theirs.detach())
+
+
+def test_predictor_and_evaluate_run_a_copy_unless_told_not_to() -> None:
+    model, picture = resnet_detr(), np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)
+    fast, plain = (Predictor(model, threshold=0, size=64, optimized=choice) for choice in (True, False))
+    assert isinstance(fast.model.backbone[0].body, PackedResNet) and plain.model is model
+    (found,), (expected,) = fast(picture), plain(picture)
+    torch.testing.assert_close(found.boxes_xyxy_px, expected.boxes_xyxy_px, atol=1e-3, rtol=0)
+    own = small_detr()
+    assert Predictor(own).model is own
+
+
 def test_pickles_copies_and_threads_agree() -> None:
     fast = optimize(resnet_detr())
     images = [torch.randn(1, 3, 32 * height, 32 * width) for height, width in ((1, 2), (3, 2), (2, 4), (4, 1)) * 4]
@@ -201,5 +230,5 @@ def test_what_cannot_be_folded(conv: nn.Module, norm: nn.Module, message: str) -
 
 
 def test_bad_dtype() -> None:
-    with pytest.raises(ValueError, match=r"dtype must be torch.float32 or torch.bfloat16, got torch.int8"):
+    with pytest.raises(ValueError, match=r"dtype must be None or torch.bfloat16, got torch.int8"):
         optimize(small_detr(), dtype=torch.int8)

@@ -106,16 +106,16 @@ class PackedResNet(nn.Module):
     Args:
         body: stays as it is; its weights are copied. Its norms are frozen batch norms or ordinary ones.
         all_maps: return the maps of all four stages; otherwise a list of the last alone.
-        dtype: of the computation; the maps returned are of the images' dtype.
+        dtype: of the computation, None: of the weights; the maps returned are of the images' dtype.
 
     Raises:
         ValueError: ``body`` has a norm or a convolution of another kind.
     """
 
-    def __init__(self, body: ResNet, *, all_maps: bool = True, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, body: ResNet, *, all_maps: bool = True, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.all_maps = all_maps
-        self.dtype = dtype
+        self.dtype = dtype = dtype or body.conv1.weight.dtype
         self.stage_channels = body.stage_channels
         self.stem = folded(body.conv1, body.bn1, dtype)
         stages = (body.layer1, body.layer2, body.layer3, body.layer4)
@@ -151,8 +151,15 @@ class PackedResNet(nn.Module):
         return self
 
 
-def folded(conv: nn.Module, norm: nn.Module, dtype: torch.dtype = torch.float32) -> PackedConv:
-    """norm(conv(x)) as one convolution, formed in the weight's own dtype."""
+def can_pack(body: ResNet) -> bool:
+    """Whether every norm of ``body`` is a batch norm with statistics."""
+    norms = [module for name, module in body.named_modules() if name.rpartition(".")[2] in ("bn1", "bn2", "bn3")]
+    norms += [module[1] for name, module in body.named_modules() if name.endswith("downsample")]  # type: ignore[index]
+    return all(isinstance(m, FrozenBatchNorm2d) or (type(m) is nn.BatchNorm2d and m.track_running_stats) for m in norms)
+
+
+def folded(conv: nn.Module, norm: nn.Module, dtype: torch.dtype | None = None) -> PackedConv:
+    """norm(conv(x)) as one convolution in ``dtype`` (None: the weight's own, in which it is formed)."""
     simple = isinstance(conv, nn.Conv2d) and conv.groups == 1 and conv.padding_mode == "zeros"
     if not isinstance(conv, nn.Conv2d) or not simple or isinstance(conv.padding, str):
         raise ValueError(f"a convolution must be nn.Conv2d in one group with zeros around it, got {conv}")
