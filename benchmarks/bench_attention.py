@@ -7,7 +7,7 @@ without dropout is left out of it. What cannot run here is skipped with its reas
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -178,7 +178,7 @@ def multiplications(b: Batch) -> Contestant:
     return Contestant("floor: multiplications", lambda: matrix @ matrix)
 
 
-def contest(b: Batch, p: float) -> Contest:
+def contest(b: Batch, p: float, names: Sequence[str] = CONTESTANTS) -> Contest:
     """Everybody who can run, checked against float64."""
     double = Batch(tuple(x.double() for x in b.leaves), b.query_offsets, b.key_offsets, b.grad.double())  # type: ignore[arg-type]
     leaves = tuple(x.requires_grad_() for x in double.leaves)
@@ -192,7 +192,7 @@ def contest(b: Batch, p: float) -> Contest:
         cosine = F.cosine_similarity(found.flatten(), expected.flatten(), dim=0)
         assert cosine > 0.8, f"{cosine=}"
 
-    reasons = {name: why_not(name, b, p) for name in CONTESTANTS}
+    reasons = {name: why_not(name, b, p) for name in names}
     return Contest(
         [Contestant(name, partial(step, RUNS[name], b, p)) for name, why in reasons.items() if why is None],
         check,

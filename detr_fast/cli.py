@@ -211,6 +211,30 @@ def plot(
     print(plot_log(output_dir, path))
 
 
+@app.command("bench-report")
+def bench_report(
+    results: Annotated[list[Path] | None, typer.Argument(help="files; by default benchmarks/results/*.json")] = None,
+    output: Annotated[Path, typer.Option(help="page to write")] = Path("report.html"),
+    readme: Annotated[Path | None, typer.Option(help="write the tables between this file's markers anew")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="print two files of one machine side by side")] = False,
+) -> None:
+    """Turn results of the benchmarks into one HTML page, and fill the README's tables."""
+    from detr_fast.bench import compare as comparison
+    from detr_fast.bench import page, tables
+    from detr_fast.bench.results import read_all
+
+    found = read_all(results or sorted(Path("benchmarks/results").glob("*.json")))
+    if compare:
+        if len(found) != 2:
+            raise ValueError(f"compare must be given two results files, got {len(found)}")
+        print(comparison.render(comparison.changes(*found)))
+        return
+    if readme is not None:
+        readme.write_text(tables.fill_tables(readme.read_text(), found))
+    output.write_text(page.render(found))
+    print(output)
+
+
 @app.command("check-data")
 def check_data(
     images: Annotated[Path, typer.Option(help="folder of images")],

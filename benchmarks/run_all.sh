@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Measures everything on a quiet machine, piece by piece, and fills the report and the README's tables.
+#   benchmarks/run_all.sh MACHINE [PIECE...]
+# A piece writes benchmarks/results/MACHINE-PIECE.json; without a PIECE all are run. BENCHMARK_OPTIONS go to pytest.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+
+declare -A pieces=(
+    [matching]="bench_matching.py bench_matching_cost.py bench_loss.py"
+    [assignment]="bench_assignment.py -k not(uniform-2000x2000)"
+    [auction]="bench_auction.py"
+    [attention]="bench_attention.py -k inference"
+    [attention-training]="bench_attention.py -k training"
+    [transformer]="bench_transformer.py"
+    [layers]="bench_add_layer_norm.py bench_feed_forward.py"
+    [masks]="bench_masks.py"
+    [scaling]="bench_scaling.py"
+)
+# Benchmarks that no piece above has are pieces by their own names.
+for file in benchmarks/bench_*.py; do
+    name=$(basename "$file")
+    case " ${pieces[*]} " in
+        *" $name "*) ;;
+        *) piece=${name#bench_} && pieces[${piece%.py}]=$name ;;
+    esac
+done
+
+machine=${1:?usage: benchmarks/run_all.sh MACHINE [PIECE...], the pieces being: ${!pieces[*]}}
+shift
+[ $# -gt 0 ] || mapfile -t all < <(printf '%s\n' "${!pieces[@]}" | sort)
+failed=()
+for piece in "${@:-${all[@]}}"; do
+    : "${pieces[$piece]:?no such piece: $piece}"
+    read -ra arguments <<<"${pieces[$piece]}"
+    files=() options=()
+    for argument in "${arguments[@]}"; do
+        case $argument in
+            *.py) files+=("benchmarks/$argument") ;;
+            *) options+=("$argument") ;;
+        esac
+    done
+    # shellcheck disable=SC2086  # several options
+    python -m pytest "${files[@]}" "${options[@]}" --benchmark --benchmark-max-time=0.3 ${BENCHMARK_OPTIONS:-} \
+        -q --no-header --benchmark-results "benchmarks/results/$machine-$piece.json" || failed+=("$piece")
+done
+python -m detr_fast bench-report --readme README.md || failed+=("bench-report")
+[ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}" >&2; exit 1; }

@@ -1,0 +1,171 @@
+"""The results as one HTML page that needs nothing else: no network, no script."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+
+from detr_fast.bench import figures
+from detr_fast.bench.growth import POINT, curves, fit
+from detr_fast.bench.results import Contests, Results, Row, format_bytes, format_ratio, format_seconds
+from detr_fast.bench.tables import NOT_MEASURED, OURS
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1f2937; background: #fff; margin: 2rem auto; max-width: 1060px;
+  padding: 0 1rem; }
+h1 { font-size: 1.9rem; } h2 { margin-top: 3rem; border-bottom: 2px solid #e5e7eb; } h3 { margin: 1.6rem 0 .4rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13.5px; margin: .4rem 0 1rem; }
+th, td { padding: .18rem .7rem; text-align: right; border-bottom: 1px solid #e5e7eb; }
+th:first-child, td:first-child, .text td, .text th { text-align: left; } th { color: #6b7280; font-weight: 600; }
+tr.ours td { background: #eff6ff; font-weight: 600; } tr.floor td, .absent { color: #9ca3af; }
+code { font-size: 12.5px; background: #f3f4f6; padding: .1rem .3rem; border-radius: 3px; overflow-wrap: anywhere; }
+svg { max-width: 100%; height: auto; } details { margin: .3rem 0; } summary { cursor: pointer; color: #374151; }
+.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 1rem; }
+.refused { color: #b91c1c; } .scroll { overflow-x: auto; }
+"""
+
+
+def render(results: Sequence[Results]) -> str:
+    """The whole page."""
+    sections = [_overview(results)]
+    for of in results:
+        sections.append(_section(of))
+    sections.append(_not_measured(results))
+    body = "\n".join(sections)
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>detr_fast: measured</title><style>{STYLE}</style></head>\n<body><h1>detr_fast: measured</h1>\n"
+        "<p>Medians of contestants that take turns in one process, each checked against the right answer before any "
+        "is timed, and their quartiles. A ratio is formed turn by turn, to the first contestant of its table. "
+        f"Ours are marked blue. Memory is torch's allocator's.</p>\n{body}\n</body></html>\n"
+    )
+
+
+def _overview(results: Sequence[Results]) -> str:
+    rows = [[f'<a href="#{_id(of.name)}">{_text(of.name)}</a>', _text(of.head["cpu"]), _gpu(of)] for of in results]
+    rows = [[*row, str(len(of.contests))] for row, of in zip(rows, results, strict=True)]
+    return "<h2>Files</h2>" + _table(["file", "processor", "GPU", "contests"], rows, kind="text")
+
+
+def _gpu(results: Results) -> str:
+    return _text(results.head["gpu"]) if results.has_gpu else '<span class="absent">none</span>'
+
+
+def _section(results: Results) -> str:
+    """One file: where its numbers come from, then its plots and tables."""
+    pieces = [f'<h2 id="{_id(results.name)}">{_text(results.name)}</h2>', _origin(results)]
+    pieces += [f'<p class="refused">{_text(name)}: refused. {_text(why)}</p>' for name, why in results.refused.items()]
+    pieces += _growth(results.contests)
+    for name, parts in results.parts.items():
+        pieces += [f"<h3>{_text(name)}: where the time goes</h3>", figures.anatomy(parts), _parts_table(parts)]
+    for family, contests in _families(results.contests).items():
+        pieces.append(f"<h3>{_text(family)}</h3>")
+        pieces.append(figures.ratios(contests))
+        pieces += [_contest(name, rows, results.skipped.get(name, {})) for name, rows in contests.items()]
+    return "\n".join(pieces)
+
+
+def _origin(results: Results) -> str:
+    head = results.head
+    machine = f"{head['cpu']}; {head['memory']} of memory; GPU: {head['gpu']}; {head['system']}"
+    lines = [_text(machine), _text(head["versions"]), f"commit {_text(head['commit'])}"]
+    return f"<p>{'<br>'.join(lines)}<br><code>{_text(head['command'])}</code></p>"
+
+
+def _growth(contests: Contests) -> list[str]:
+    """Plots of the curves, and their exponents."""
+    pieces = []
+    for curve in curves(contests):
+        rows = []
+        for name, points in curve.lines.items():
+            if len({size for size, _ in points}) > 1:
+                found = fit(points)
+                rows.append([_text(name), str(found), f"{found.smallest} to {found.largest}"])
+        head = ["", "exponent, 95 % range", f"{curve.axis} from, to"]
+        exponents = f"<details><summary>exponents of growth</summary>{_table(head, rows)}</details>"
+        pieces.append(f"<div>{figures.growth(curve)}{exponents}</div>")
+    return ['<div class="curves">', *pieces, "</div>"] if pieces else []
+
+
+def _parts_table(parts: Contests) -> str:
+    """Seconds and share of each part, by contestant."""
+    names = [row.name for row in next(iter(parts.values()))]
+    totals = {name: sum(_of(rows, name) for rows in parts.values()) for name in names}
+    body = [
+        [_text(part), *(f"{format_seconds(_of(rows, n))} ({100 * _of(rows, n) / totals[n]:.0f} %)" for n in names)]
+        for part, rows in parts.items()
+    ]
+    return _table(["part", *map(_text, names)], body)
+
+
+def _of(rows: Sequence[Row], name: str) -> float:
+    return next((row.median for row in rows if row.name == name), 0.0)
+
+
+def _families(contests: Contests) -> dict[str, Contests]:
+    """Contests by what they measure, which is the beginning of their names; points of curves are drawn elsewhere."""
+    found: dict[str, Contests] = {}
+    for name, rows in contests.items():
+        if POINT.fullmatch(name) is None:
+            first, *rest = name.split()
+            family = f"{first} {rest[0]}" if rest[:1] in (["inference"], ["training"]) else first
+            found.setdefault(family, {})[name] = rows
+    return found
+
+
+def _contest(name: str, rows: Sequence[Row], skipped: dict[str, str]) -> str:
+    """One table, folded away: the plot above shows its ratios."""
+    on_gpu = any(row.kernels is not None for row in rows)
+    with_floor = any(row.floor_share is not None for row in rows)
+    head = ["", "median", "quartiles", "ratio", "quartiles", "peak memory"]
+    head += ["floor's share"] * with_floor + ["kernels", "waits"] * on_gpu
+    body = [_cells(row, with_floor, on_gpu) for row in rows]
+    classes = ["floor" if row.is_floor else "ours" if row.name in OURS else "" for row in rows]
+    absent = "; ".join(f"{_text(who)}: {_text(why)}" for who, why in skipped.items())
+    note = f'<p class="absent">Did not take part: {absent}</p>' if absent else ""
+    best = max((row for row in rows if row.name in OURS), key=lambda row: row.ratio, default=rows[0])
+    summary = f"{_text(name)}: {_text(best.name)} {format_seconds(best.median)}, {format_ratio(best.ratio)} times"
+    return f"<details><summary>{summary}</summary>{_table(head, body, classes=classes)}{note}</details>"
+
+
+def _cells(row: Row, with_floor: bool, on_gpu: bool) -> list[str]:
+    cells = [_text(row.name), format_seconds(row.median), " to ".join(map(format_seconds, row.quartiles))]
+    cells += [
+        format_ratio(row.ratio),
+        " to ".join(map(format_ratio, row.ratio_quartiles)),
+        format_bytes(row.peak_bytes),
+    ]
+    if with_floor:
+        cells.append("" if row.floor_share is None else f"{100 * row.floor_share:.0f} %")
+    return [*cells, str(row.kernels), str(row.host_waits)] if on_gpu else cells
+
+
+def _not_measured(results: Sequence[Results]) -> str:
+    """What no file has a number for on a GPU, though there is one on a CPU."""
+    on_cpu = dict.fromkeys(name for of in results if not of.has_gpu for name in of.contests)
+    on_gpu = {name for of in results if of.has_gpu for name in of.contests}
+    rows = [[_text(name), f'<span class="absent">{NOT_MEASURED}</span>'] for name in on_cpu if name not in on_gpu]
+    if not rows:
+        return ""
+    text = "<p><code>scripts/gpu_check.sh</code> measures these on a machine with a GPU.</p>"
+    listed = _table(["contest", "on a GPU"], rows, kind="text")
+    return f"<h2>Not measured</h2>{text}<details><summary>{len(rows)} contests on a GPU</summary>{listed}</details>"
+
+
+def _table(head: Iterable[str], rows: Sequence[Sequence[str]], kind: str = "", classes: Sequence[str] = ()) -> str:
+    of_rows = classes or [""] * len(rows)
+    top = "".join(f"<th>{cell}</th>" for cell in head)
+    lines = [
+        f'<tr class="{of}">' + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>"
+        for of, row in zip(of_rows, rows, strict=True)
+    ]
+    return f'<div class="scroll"><table class="{kind}"><tr>{top}</tr>\n' + "\n".join(lines) + "</table></div>"
+
+
+def _text(text: str) -> str:
+    return html.escape(text)
+
+
+def _id(name: str) -> str:
+    return html.escape(name.replace(" ", "-"))

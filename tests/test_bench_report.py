@@ -1,0 +1,184 @@
+"""The page and the tables that are made of results files, and two files side by side."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from detr_fast.bench import compare, growth, page, tables
+from detr_fast.bench.results import format_seconds, read_all
+
+REPOSITORY = Path(__file__).parent.parent
+KEPT = REPOSITORY / "benchmarks" / "results"
+
+
+def entry(name: str, seconds: float, ratio: float, **more: object) -> dict[str, object]:
+    quartiles = {"quartiles_seconds": [0.9 * seconds, 1.1 * seconds], "ratio_quartiles": [0.9 * ratio, 1.1 * ratio]}
+    found = {"contestant": name, "median_seconds": seconds, "ratio_to_first": ratio, "peak_bytes": 3 * 2**20}
+    return found | quartiles | more
+
+
+def write(folder: Path, name: str, contests: dict[str, list], gpu: str = "none", **more: object) -> Path:
+    head = {"cpu": "a <slow> cpu", "memory": "1 GiB", "gpu": gpu, "system": "Linux", "versions": "torch 2"}
+    content = head | {"commit": "abc", "command": f"pytest {name}", "contests": contests} | more
+    file = folder / f"{name}.json"
+    file.write_text(json.dumps(content))
+    return file
+
+
+@pytest.fixture()
+def files(tmp_path: Path) -> list[Path]:
+    """One file of a CPU with a curve that grows as the square, one of a GPU with parts."""
+    square = {
+        f"matching over queries: {n}": [entry("original", 1e-6 * n**2, 1.0), entry("native", 1e-7 * n, 10.0 * n)]
+        for n in (10, 100, 1000)
+    }
+    matching = [entry("original", 0.01, 1.0), entry("native", 0.001, 10.0, floor_share=0.5)]
+    matching += [entry("floor: logits read", 0.0005, 20.0)]
+    step = [entry("original", 2.0, 1.0), entry("detr_fast", 1.0, 2.0, kernels=700, host_waits=0)]
+    parts = {"train step": {"backbone": step, "matcher": [entry("original", 1.0, 1.0), entry("detr_fast", 1.0, 1.0)]}}
+    skipped = {"matching coco-2": {"lapx": "not installed"}}
+    cpu = write(
+        tmp_path, "cpu", square | {"matching coco-2": matching}, skipped=skipped, refused={"loss": "x is wrong"}
+    )
+    return [cpu, write(tmp_path, "gpu", {"train step": step}, gpu="H100", parts=parts)]
+
+
+class Checker(HTMLParser):
+    """Collects tags that are not closed, and everything that would be loaded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loaded: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+        if tag in ("script", "link", "img", "iframe"):
+            self.loaded.append(tag)
+        self.loaded += [v for k, v in attributes if k.endswith(("src", "href")) and v and not v.startswith("#")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_stands_alone_and_says_where_numbers_come_from(files):
+    text = page.render(read_all(files))
+    checker = Checker()
+    checker.feed(text)
+    assert checker.open == [] and checker.loaded == []
+    assert "@import" not in text and not re.search(r"url\((?!#)", text)
+    for expected in ("a &lt;slow&gt; cpu", "pytest cpu", "pytest gpu", "torch 2", "commit abc", "x is wrong"):
+        assert expected in text
+    assert "lapx: not installed" in text
+    assert text.count("<svg") == 4, "a curve, a contest, the parts of a step, and the step"
+    assert "exponent 2.00 ± 0.00" in text and "exponent 1.00 ± 0.00" in text
+    assert "<td>2.00 s (67 %)</td><td>1.00 s (50 %)</td>" in text
+
+
+def test_what_no_gpu_ran_is_shown_as_not_measured(files):
+    text = page.render(read_all(files))
+    assert '<td>matching coco-2</td><td><span class="absent">not measured</span></td>' in text
+    assert '<td>train step</td><td><span class="absent">not measured' not in text
+
+
+def test_the_exponent_and_its_range():
+    exact = growth.fit([(n, 3e-6 * n**1.5) for n in (10, 20, 50, 200)])
+    assert exact.exponent == pytest.approx(1.5) and exact.error == pytest.approx(0, abs=1e-6)
+    assert (exact.smallest, exact.largest) == (10, 200)
+    # Of four logarithms 0 to 3 with residuals 1, -1, -1, 1 times h: slope error t(0.975, 2) * h * sqrt(4 / 2 / 5).
+    h = 0.1
+    points = [
+        (1, math.exp(h)),
+        (round(math.e), math.exp(math.log(3) - h)),
+        (9, 9 * math.exp(-h)),
+        (27, 27 * math.exp(h)),
+    ]
+    spread = 5 * math.log(3) ** 2
+    assert growth.fit(points).error == pytest.approx(4.302652729696 * h * math.sqrt(2 / spread))
+    assert growth.fit([(1, 1.0), (2, 2.0)]).error is None
+    with pytest.raises(ValueError, match="two sizes at least"):
+        growth.fit([(1, 1.0), (1, 2.0)])
+
+
+def test_the_readmes_tables_are_what_the_results_files_give():
+    text = (REPOSITORY / "README.md").read_text()
+    assert len(tables.BLOCK.findall(text)) >= 4
+    assert tables.fill_tables(text, read_all(KEPT.glob("*.json"))) == text, (
+        "run: detr-fast bench-report --readme README.md"
+    )
+
+
+def marker(**spec: object) -> str:
+    return f"before\n<!-- results {json.dumps(spec)} -->\nold\n<!-- /results -->\nafter\n"
+
+
+def test_tables_are_written_between_markers(files):
+    rows, columns = (
+        {"matching coco-2": "2 images"},
+        {"time": "native", "times": "native: ratio", "MiB": "native: memory"},
+    )
+    columns |= {"best": "best other", "quicker": "best other / native"}
+    filled = tables.fill_tables(marker(file="cpu", head="batch", rows=rows, columns=columns), read_all(files))
+    assert filled.splitlines()[2:-2] == [
+        "| batch | time | times | MiB | best | quicker |",
+        "|---|---|---|---|---|---|",
+        "| 2 images | 1.00 ms | 10 | 3.00 MiB | 10.0 ms | 10 |",
+    ]
+    assert filled.startswith("before\n") and filled.endswith("<!-- /results -->\nafter\n")
+    absent = tables.fill_tables(marker(file="h100", head="", rows={"a": "b"}, columns={"c": "d"}), read_all(files))
+    assert "| b | not measured |" in absent
+    with pytest.raises(ValueError, match="must name what there is: 'matching'"):
+        tables.fill_tables(marker(file="cpu", head="", rows={"matching": ""}, columns={"c": "native"}), read_all(files))
+
+
+def test_two_runs_side_by_side(tmp_path):
+    def contest(ratio: float) -> dict[str, list]:
+        return {"loss": [entry("original", 1.0, 1.0), entry("total", 1 / ratio, ratio)]}
+
+    before, same, moved = (write(tmp_path, n, contest(r)) for n, r in (("a", 10.0), ("b", 11.0), ("c", 20.0)))
+    found = compare.changes(*read_all([before, same]))
+    assert [change.beyond_spread for change in found] == [False]
+    assert "0 of 1 ratios moved" in compare.render(found)
+    assert "  moved" in compare.render(compare.changes(*read_all([before, moved])))
+    other = write(tmp_path, "d", contest(10.0), gpu="H100")
+    with pytest.raises(ValueError, match="two files of one machine, got 'none' and 'H100'"):
+        compare.changes(*read_all([before, other]))
+
+
+def test_bad_files_are_named(tmp_path):
+    (tmp_path / "half.json").write_text('{"contests": {"a": [{"contestant": "b"}]}}')
+    with pytest.raises(ValueError, match="half.json must be a results file"):
+        read_all([tmp_path / "half.json"])
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(ValueError, match="results must name files written by"):
+        read_all([tmp_path / "list.json"])
+
+
+def test_the_command(tmp_path, files):
+    from typer.testing import CliRunner
+
+    from detr_fast.cli import app
+
+    output, readme = tmp_path / "page.html", tmp_path / "README.md"
+    readme.write_text(marker(file="cpu", head="", rows={"matching coco-2": "x"}, columns={"time": "native"}))
+    run = CliRunner().invoke(app, ["bench-report", *map(str, files), "--output", str(output), "--readme", str(readme)])
+    assert run.exit_code == 0, run.output
+    assert output.read_text().startswith("<!DOCTYPE html>")
+    assert "| x | 1.00 ms |" in readme.read_text()
+    run = CliRunner().invoke(app, ["bench-report", "--compare", str(files[0]), str(files[0])])
+    assert isinstance(run.exception, ValueError) and "different names" in str(run.exception)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(1.234, "1.23 s"), (0.9999, "1.00 s"), (0.0123, "12.3 ms"), (9.39e-7, "939 ns"), (3e-6, "3.00 us")],
+)
+def test_durations_have_three_digits(seconds, text):
+    assert format_seconds(seconds) == text
