@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "cpu/conv.h"
+#include "cpu/conv_max_pool.h"
 
 namespace py = pybind11;
 
@@ -42,10 +43,19 @@ void conv_cpu(const Sizes& sizes, uintptr_t x, uintptr_t packed, uintptr_t bias,
                        at<const float>(residual), relu, at<float>(out), threads);
 }
 
+void conv_max_pool_cpu(const Sizes& sizes, uintptr_t x, const std::array<int64_t, 4>& strides, uintptr_t packed,
+                       uintptr_t bias, uintptr_t out, int threads) {
+    const py::gil_scoped_release release;
+    const auto shape = shape_of(sizes);
+    detr_fast_conv_max_pool_cpu(&shape, at<const float>(x), strides.data(), at<const float>(packed),
+                                at<const float>(bias), at<float>(out), threads);
+}
+
 }  // namespace
 
 void bind_conv(py::module_& m) {
     m.def("conv_packed_floats", &conv_packed_floats);
     m.def("conv_pack", &conv_pack);
     m.def("conv_cpu", &conv_cpu);
+    m.def("conv_max_pool_cpu", &conv_max_pool_cpu);
 }

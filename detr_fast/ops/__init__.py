@@ -21,6 +21,7 @@ from detr_fast.ops.boxes import (
     xyxy_to_cxcywh,
 )
 from detr_fast.ops.conv import PackedConv, conv
+from detr_fast.ops.conv_max_pool import conv_max_pool
 from detr_fast.ops.dropout import Dropout
 from detr_fast.ops.mask_argmax import Places, mask_argmax
 from detr_fast.ops.mask_loss import MaskLosses, mask_loss
@@ -54,6 +55,7 @@ __all__ = [
     "attention_weights",
     "box_area",
     "conv",
+    "conv_max_pool",
     "cxcywh_to_xyxy",
     "elementwise_giou",
     "elementwise_iou",

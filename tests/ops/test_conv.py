@@ -229,7 +229,7 @@ def test_memory_that_cannot_be_written_to_is_refused() -> None:
     residual = memory[: 2 * 42 * 40].view(2, 7, 6, 40).permute(0, 3, 1, 2)
     with pytest.raises(ValueError, match="out must be residual itself or not share memory"):
         conv(x, packed, residual=residual, out=out)
-    with pytest.raises(ValueError, match="must not require a gradient"):
+    with pytest.raises(ValueError, match="x, residual, out must not require a gradient"):
         conv(x.requires_grad_(), packed)
     with torch.no_grad():
         conv(x, packed)

@@ -22,7 +22,7 @@ def why_not(x: Tensor) -> str | None:
 def conv_native(inputs: ConvInputs) -> Tensor:
     packed, relu = inputs.packed, inputs.relu
     x = inputs.x.detach().contiguous(memory_format=torch.channels_last)
-    sizes = _sizes(packed, x.shape)
+    sizes = sizes_of(packed, x.shape)
     out = inputs.out
     if out is None:
         batch, rows, columns, channels = sizes[0], *sizes[4:7]
@@ -30,11 +30,10 @@ def conv_native(inputs: ConvInputs) -> Tensor:
     residual = inputs.residual
     if residual is not None:
         residual = residual.detach().contiguous(memory_format=torch.channels_last)
-    weight = packed.form("gemm", _packed_for_gemm)
     _native.module().conv_cpu(
         sizes,
         x.data_ptr(),
-        weight.data_ptr(),
+        packed_for_gemm(packed).data_ptr(),
         0 if packed.bias is None else packed.bias.data_ptr(),
         0 if residual is None else residual.data_ptr(),
         relu,
@@ -44,14 +43,19 @@ def conv_native(inputs: ConvInputs) -> Tensor:
     return out
 
 
-def _packed_for_gemm(packed: PackedConv) -> Tensor:
-    sizes = _sizes(packed, (1, packed.weight.shape[1], 0, 0))
+def packed_for_gemm(packed: PackedConv) -> Tensor:
+    """The weight in panels, as csrc/cpu/gemm_tile.h describes them."""
+    return packed.form("gemm", _pack_for_gemm)
+
+
+def _pack_for_gemm(packed: PackedConv) -> Tensor:
+    sizes = sizes_of(packed, (1, packed.weight.shape[1], 0, 0))
     form = torch.empty(_native.module().conv_packed_floats(sizes))
     _native.module().conv_pack(sizes, packed.weight.data_ptr(), form.data_ptr())
     return form
 
 
-def _sizes(packed: PackedConv, shape: tuple[int, ...]) -> tuple[int, ...]:
+def sizes_of(packed: PackedConv, shape: tuple[int, ...]) -> tuple[int, ...]:
     """In the order of struct detr_fast_conv, for a map [B, C, H, W]."""
     batch, channels, height, width = shape
     out_channels, _, kernel_height, kernel_width = packed.weight.shape

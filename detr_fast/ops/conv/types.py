@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+from detr_fast.ops._dispatch import goes_through_dispatcher
 
 
 class PackedConv:
@@ -81,3 +84,60 @@ class ConvInputs(NamedTuple):
     relu: bool
     out: Tensor | None  # [B, K, H', W'], channels last
     algorithm: str | None
+
+
+def check_map(x: Tensor, packed: PackedConv) -> None:
+    """Raise ValueError unless ``x`` can be convolved. Like the next ones it reads metadata only."""
+    weight = packed.weight
+    if x.ndim != 4 or x.shape[1] != weight.shape[1] or 0 in x.shape[1:]:
+        raise ValueError(f"x must be [B, {weight.shape[1]}, H, W] with pixels, got {list(x.shape)}")
+    if x.dtype != weight.dtype or x.device != weight.device:
+        wanted, got = f"{weight.dtype} on {weight.device}", f"{x.dtype} on {x.device}"
+        raise ValueError(f"x must be {wanted}, as the weight is, got {got}")
+    if min(packed.out_size(*x.shape[2:])) < 1:
+        raise ValueError(f"x must be at least as large as the kernel of {packed}, got {list(x.shape)}")
+
+
+def check_same_kind(name: str, tensor: Tensor, shape: list[int], x: Tensor) -> None:
+    """Raise ValueError unless a tensor has this shape and is of the map's dtype and device."""
+    if list(tensor.shape) != shape or tensor.dtype != x.dtype or tensor.device != x.device:
+        got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+        raise ValueError(f"{name} must be {x.dtype} {shape} on {x.device}, got {got}")
+
+
+def check_out(out: Tensor | None, shape: list[int], x: Tensor, residual: Tensor | None = None) -> None:
+    """Raise ValueError unless results can be written to ``out`` while the others are read."""
+    if out is None:
+        return
+    check_same_kind("out", out, shape, x)
+    if not out.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(f"out must be channels last (torch.channels_last), got strides {out.stride()}")
+    if goes_through_dispatcher(x):
+        return
+    if _overlap(x, out):
+        raise ValueError("out must not share memory with x")
+    if residual is not None and _overlap(residual, out) and not _same_memory(residual, out):
+        raise ValueError("out must be residual itself or not share memory with it")
+
+
+def check_no_gradient(**tensors: Tensor | None) -> None:
+    """Raise ValueError where autograd would want a gradient of one."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors.values()):
+        raise ValueError(f"{', '.join(tensors)} must not require a gradient: there is none (use torch.no_grad())")
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride()
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the memory from a tensor's first number to its last one overlaps another's."""
+    (a_first, a_end), (b_first, b_end) = _span(a), _span(b)
+    return a_first < b_end and b_first < a_end
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    if tensor.numel() == 0:
+        return 0, 0
+    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (steps + 1) * tensor.element_size()
