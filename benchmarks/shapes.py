@@ -107,3 +107,17 @@ class MaskShape:
 
 # A square picture, so that all maps double exactly; ten objects are a little more than COCO's mean.
 MASKS = MaskShape("640x640", (640, 640), (512, 512), 10)
+
+
+@dataclass(frozen=True)
+class TrainShape:
+    """A training batch of images of one size. ``targets`` holds the number of objects of each."""
+
+    name: str
+    image_size: tuple[int, int]
+    targets: tuple[int, ...]
+    num_classes: int = 91
+
+
+# Two images a process, as in the original's training; small enough for a CPU.
+TRAIN_STEP = TrainShape("640x640 batch 2", (640, 640), COCO_TARGETS[2:4])
