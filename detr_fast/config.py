@@ -108,6 +108,7 @@ class TrainConfig:
     batch_size: int = _option(2, "images per batch and process")
     scales: tuple[int, ...] = _option(PAPER_SCALES, "training sizes of an image's shorter side; the largest evaluates")
     max_size: int = _option(1333, "longest side of an image")
+    reduced_decoding: bool = _option(True, "train on JPEGs of over twice the needed size decoded at a part of it")
     num_workers: int = _option(2, "processes that load images, per training process")
     device: str = _option("auto", "cuda, cpu, mps, or auto: cuda where there is a GPU")
     seed: int = _option(42, "seed of weights, data order, augmentation and dropout")

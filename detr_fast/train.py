@@ -288,7 +288,13 @@ def _datasets(config: TrainConfig) -> tuple[CocoDetection | CocoPanoptic, CocoDe
     at_test = eval_transforms(max(config.scales), config.max_size)
     masks = config.model.masks
     train_set = open_dataset(
-        config.train_images, config.train_annotations, config.train_segments, augmentation, masks=masks
+        config.train_images,
+        config.train_annotations,
+        config.train_segments,
+        augmentation,
+        masks=masks,
+        # A crop is of a picture that was scaled to less.
+        shortest=max(config.scales) if config.reduced_decoding else None,
     )
     val_set = open_dataset(config.val_images, config.val_annotations, config.val_segments, at_test, masks=masks)
     for category, name in val_set.categories.items():

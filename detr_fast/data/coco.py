@@ -16,7 +16,8 @@ from torch.utils.data import Dataset
 
 from detr_fast.data.annotations import AnnotationError, entry_name, name_of, read_annotations
 from detr_fast.data.batch import Target
-from detr_fast.data.images import load_image
+from detr_fast.data.images import load_reduced
+from detr_fast.data.transforms import resize_target
 
 Transform = Callable[[Image.Image, Target], tuple[Any, Target]]
 
@@ -39,6 +40,9 @@ class CocoDetection(Dataset[tuple[Any, Target]]):
         annotation_file: path of a COCO JSON file, or its contents.
         transforms: called with (RGB picture, target); None returns the picture itself.
         return_masks: decode polygons and run-length encodings to masks.
+        shortest: the shortest side in pixels that ``transforms`` need at most: large JPEGs are decoded at a part of
+            their size then (see ``load_reduced``), and picture and boxes arrive so; "orig_size" stays the file's. With
+            masks it has no effect.
 
     Raises:
         AnnotationError: the annotations are unusable; the message names file, entry and key.
@@ -51,11 +55,13 @@ class CocoDetection(Dataset[tuple[Any, Target]]):
         annotation_file: str | os.PathLike[str] | dict[str, Any],
         transforms: Transform | None = None,
         return_masks: bool = False,
+        shortest: int | None = None,
     ) -> None:
         self.image_folder = Path(image_folder)
         self.annotation_file = annotation_file
         self.transforms = transforms
         self.return_masks = return_masks
+        self.shortest = None if return_masks else shortest
         contents = read_annotations(annotation_file)
         self.categories = category_names(contents)
         images = sorted(contents["images"], key=lambda image: image["id"])
@@ -78,8 +84,12 @@ class CocoDetection(Dataset[tuple[Any, Target]]):
         return len(self.image_ids)
 
     def __getitem__(self, index: int) -> tuple[Any, Target]:
-        image = load_image(self.image_path(index), annotated_size=self._sizes[index])
-        target = self.target(index, image.size)
+        path, annotated = self.image_path(index), self._sizes[index]
+        image, divisor = load_reduced(path, self.shortest, annotated_size=annotated)
+        whole = (divisor * image.width, divisor * image.height)
+        target = self.target(index, whole)
+        if divisor > 1:
+            target = resize_target(target, whole, image.size)
         return (image, target) if self.transforms is None else self.transforms(image, target)
 
     def image_path(self, index: int) -> Path:

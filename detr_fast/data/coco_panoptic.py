@@ -112,11 +112,15 @@ def open_dataset(
     transforms: Transform | None,
     *,
     masks: bool,
+    shortest: int | None = None,
 ) -> CocoDetection | CocoPanoptic:
-    """A data set of COCO's panoptic format where ``segments``, the folder of its PNGs, is given; else of instances."""
+    """A data set of COCO's panoptic format where ``segments``, the folder of its PNGs, is given; else of instances.
+
+    ``shortest`` is ``CocoDetection``'s, and for it alone: segments are of the whole picture.
+    """
     if segments is not None:
         return CocoPanoptic(images, segments, annotations, transforms, return_masks=masks)
-    return CocoDetection(images, annotations, transforms, return_masks=masks)
+    return CocoDetection(images, annotations, transforms, return_masks=masks, shortest=shortest)
 
 
 def read_panoptic(source: Contents) -> dict[str, Any]:

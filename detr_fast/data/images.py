@@ -23,6 +23,12 @@ _UPRIGHT_TURNS = {
 }
 
 
+# How many times as large as needed a JPEG that is decoded at reduced size still is. Resized bilinearly, its pixels then
+# differ from those of the whole picture by 1.1 of 255 on average (worst of 24 photographs: 2.0); by 0.5 at 3 times, 1.4
+# at 1.5 times, 3.4 at 1 time.
+REDUCED_IS_LARGER = 2
+
+
 class ImageError(ValueError):
     """A file that is missing, or that cannot be decoded as an image; the message names it."""
 
@@ -41,10 +47,33 @@ def load_image(path: str | os.PathLike[str], *, annotated_size: tuple[int, int] 
     Raises:
         ImageError: the file is missing, no image, truncated or damaged.
     """
+    return load_reduced(path, None, annotated_size=annotated_size)[0]
+
+
+def load_reduced(
+    path: str | os.PathLike[str], shortest: int | None, *, annotated_size: tuple[int, int] | None = None
+) -> tuple[Image.Image, int]:
+    """``load_image`` for a picture that will be scaled down: a large JPEG is decoded at a half, quarter or eighth.
+
+    That is so where its sides are multiples of the divisor, so that no box moves, and what is left is
+    ``REDUCED_IS_LARGER`` times as large as needed.
+
+    Args:
+        path, annotated_size: as in ``load_image``; ``annotated_size`` is that of the whole picture.
+        shortest: pixels of the shortest side that are needed; None decodes the whole picture.
+
+    Returns:
+        The picture, and the divisor of its sides: 1, 2, 4 or 8.
+
+    Raises:
+        ImageError: the file is missing, no image, truncated or damaged.
+    """
     try:
         with Image.open(path) as image:
+            turn = _turn(image, annotated_size)
+            divisor = 1 if shortest is None else _reduce(image, shortest)
             image.load()
-            return to_rgb(_upright(image, annotated_size))
+            return to_rgb(image if turn is None else image.transpose(turn)), divisor
     except FileNotFoundError as error:
         raise ImageError(f"image {Path(path)} does not exist") from error
     # Pillow's decoders raise SyntaxError, struct.error, IndexError and others besides OSError on damaged files.
@@ -71,13 +100,22 @@ def exif_orientation(image: Image.Image) -> int:
     return value if value in _UPRIGHT_TURNS else 1
 
 
-def _upright(image: Image.Image, annotated_size: tuple[int, int] | None) -> Image.Image:
+def _turn(image: Image.Image, annotated_size: tuple[int, int] | None) -> Image.Transpose | None:
+    """What brings an opened picture upright, None where it is."""
     orientation = exif_orientation(image)
     width, height = image.size
     boxes_are_unturned = orientation >= 5 and width != height and annotated_size == (width, height)
-    if orientation == 1 or boxes_are_unturned:
-        return image
-    return image.transpose(_UPRIGHT_TURNS[orientation])
+    return None if orientation == 1 or boxes_are_unturned else _UPRIGHT_TURNS[orientation]
+
+
+def _reduce(image: Image.Image, shortest: int) -> int:
+    """Have an opened picture decoded at reduced size, where its format can; the divisor of its sides."""
+    width, height = image.size
+    for divisor in (8, 4, 2):
+        divides = width % divisor == height % divisor == 0
+        if divides and min(width, height) >= divisor * REDUCED_IS_LARGER * shortest:
+            return 1 if image.draft(None, (width // divisor, height // divisor)) is None else divisor
+    return 1
 
 
 def _over_white(image: Image.Image) -> Image.Image:

@@ -86,15 +86,20 @@ def resize(
     """Scale to shortest side ``size``, or to exactly ``size`` = (width, height); bilinear with antialiasing."""
     wanted = size if isinstance(size, tuple) else resized_size(image.size, size, max_size)
     scaled = image if wanted == image.size else image.resize(wanted, Image.Resampling.BILINEAR)
-    x_ratio, y_ratio = wanted[0] / image.size[0], wanted[1] / image.size[1]
-    target = {**target, "size": torch.tensor([wanted[1], wanted[0]])}
+    return scaled, resize_target(target, image.size, wanted)
+
+
+def resize_target(target: Target, before: tuple[int, int], after: tuple[int, int]) -> Target:
+    """What scaling a picture from one (width, height) to another does to its objects."""
+    x_ratio, y_ratio = after[0] / before[0], after[1] / before[1]
+    target = {**target, "size": torch.tensor([after[1], after[0]])}
     if "boxes" in target:
         target["boxes"] = target["boxes"] * torch.tensor([x_ratio, y_ratio, x_ratio, y_ratio])
     if "area" in target:
         target["area"] = target["area"] * (x_ratio * y_ratio)
     if "masks" in target:
-        target["masks"] = _resize_masks(target["masks"], wanted)
-    return scaled, target
+        target["masks"] = _resize_masks(target["masks"], after)
+    return target
 
 
 def crop(image: Image.Image, target: Target, region: tuple[int, int, int, int]) -> tuple[Image.Image, Target]:
