@@ -130,8 +130,8 @@ def _masked_attention(query: Tensor, key: Tensor, value: Tensor, padding: Tensor
     # An image that is all padding has no keys: a row without any would be NaN in some of SDPA's kernels.
     empty = padding.all(1)[:, None, None, None]  # on the device, where it stays
     allowed = ~padding[:, None, None, :] | empty
-    heads = _dense_attention(query, key, value, len(padding), allowed, p)
-    return heads.unflatten(0, (len(padding), -1)).masked_fill(empty, 0).flatten(0, 1)
+    heads = _dense_attention(query, key, value, padding.shape[0], allowed, p)
+    return heads.unflatten(0, (padding.shape[0], -1)).masked_fill(empty, 0).flatten(0, 1)
 
 
 def _dense_attention(query: Tensor, key: Tensor, value: Tensor, batch: int, allowed: Tensor | None, p: float) -> Tensor:
