@@ -201,6 +201,27 @@ def predict(
 
 
 @app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="weights, ours or the original's")],
+    output: Annotated[Path | None, typer.Option(help="file to write; by default beside the checkpoint")] = None,
+    format: Annotated[str, typer.Option(help="onnx, or torch-export (a .pt2 file)")] = "onnx",
+    padding: Annotated[bool, typer.Option("--padding", help="take images of different sizes in one batch")] = False,
+    opset: Annotated[int, typer.Option(help="version of ONNX's operators, 18 to 23")] = 18,
+    dilation: Dilation = None,
+) -> None:
+    """Write a model for other runtimes, for any batch and size, and compare the file's answers with the model's.
+
+    Input: images [B, 3, H, W], normalised; with --padding also sizes [B, 2], each image's height and width. Output:
+    pred_logits, pred_boxes and, with a mask head, pred_masks. Categories and sizes are in the file's metadata.
+    """
+    from detr_fast.export import export_checkpoint
+
+    options = _model_options(dilation)
+    report = export_checkpoint(checkpoint, output, format=format, padding=padding, opset=opset, model_options=options)
+    print(report.render())
+
+
+@app.command()
 def plot(
     output_dir: Annotated[Path, typer.Argument(help="output folder of a training run")],
     path: Annotated[Path | None, typer.Option("--output", help="picture to write")] = None,

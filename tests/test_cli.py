@@ -25,7 +25,7 @@ from detr_fast.train import train
 
 SMALL = "--backbone tiny --hidden-dim 16 --nheads 2 --enc-layers 1 --dec-layers 2 --dim-feedforward 16 --num-queries 5"
 SMALL += " --scales 32,48 --max-size 64 --num-workers 0 --device cpu"
-COMMANDS = ("info", "demo", "train", "eval", "predict", "plot", "check-data")
+COMMANDS = ("info", "demo", "train", "eval", "predict", "export", "plot", "check-data")
 
 
 @dataclass

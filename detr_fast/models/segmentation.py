@@ -112,12 +112,13 @@ class AttentionMap(nn.Module):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, queries: Tensor, memory: Tensor, padding: Tensor) -> Tensor:
+    def forward(self, queries: Tensor, memory: Tensor, padding: Tensor | None) -> Tensor:
         """[B, Q, D] queries, [B, D, h, w] memory, [B, h, w] True = padding, to [B, Q, H, h, w], summing to 1."""
         q = self.q_linear(queries).unflatten(-1, (self.num_heads, -1))  # [B, Q, H, D / H]
         k = self.k_linear(memory.flatten(2).transpose(1, 2)).unflatten(-1, (self.num_heads, -1))  # [B, S, H, D / H]
         scores = torch.einsum("bqnc,bsnc->bqns", q * q.shape[-1] ** -0.5, k)
-        scores = scores.masked_fill(padding.flatten(1)[:, None, None], float("-inf"))
+        if padding is not None:
+            scores = scores.masked_fill(padding.flatten(1)[:, None, None], float("-inf"))
         weights = scores.flatten(2).softmax(-1)
         return weights.unflatten(-1, (self.num_heads, *memory.shape[-2:]))
 
@@ -172,20 +173,26 @@ class MaskHead(nn.Module):
 
         Args:
             attention: [K, H, h, w] of K queries.
-            maps: ``image_maps`` of the K queries' images, or, where they are all of one image, of that image alone.
+            maps: ``image_maps`` of each query's image, or of fewer images, where the first K / B queries are of the
+                first one and so on.
 
         Returns:
             [K, h', w'], of the size of the largest map.
         """
         depth = self.lay1.in_channels - attention.shape[1]
-        x = F.conv2d(attention, self.lay1.weight[:, depth:], padding=1) + maps[0]
+        x = _add(F.conv2d(attention, self.lay1.weight[:, depth:], padding=1), maps[0])
         x = F.relu(self.gn1(x), inplace=True)
         x = F.relu(self.gn2(self.lay2(x)), inplace=True)
         levels = ((self.lay3, self.gn3), (self.lay4, self.gn4), (self.lay5, self.gn5))
         for (layer, norm), image_map in zip(levels, maps[1:], strict=True):
             x = upsampled_conv(x, layer.weight, image_map.shape[-2:])
-            x = F.relu(norm(x + image_map), inplace=True)
+            x = F.relu(norm(_add(x, image_map)), inplace=True)
         return self.out_lay(x)[:, 0]
+
+
+def _add(x: Tensor, image_map: Tensor) -> Tensor:
+    """x [K, C, h, w], the queries of B images, and what belongs to each image, [B, C, h, w]."""
+    return (x.unflatten(0, (image_map.shape[0], -1)) + image_map[:, None]).flatten(0, 1)
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:

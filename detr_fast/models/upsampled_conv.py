@@ -24,8 +24,9 @@ def upsampled_conv(x: Tensor, weight: Tensor, size: Sequence[int]) -> Tensor:
     Returns:
         [K, D, height, width]. Differentiable in ``x`` and ``weight``.
     """
+    traced = any(type(length) is not int for length in (*x.shape, *size))  # for any size
     extra = [2 * small - large for small, large in zip(x.shape[-2:], size, strict=True)]
-    if not set(extra) <= {0, 1} or min(x.shape[-2:]) < 2:
+    if traced or not set(extra) <= {0, 1} or min(x.shape[-2:]) < 2:
         return F.conv2d(F.interpolate(x, size=list(size), mode="nearest"), weight, padding=1)
     pixels = F.pixel_shuffle(F.conv2d(x, _parity_kernels(weight), padding=1), 2)
     # The result's row 0 is of even parity; the shuffled map starts with the odd one before it.
