@@ -9,11 +9,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detr_fast.models.backbone import BasicBlock, Bottleneck, FrozenBatchNorm2d, ResNet
-from detr_fast.ops import PackedConv, conv
+from detr_fast.ops import PackedConv, conv, conv_max_pool
 
 
 class Workspace:
@@ -25,9 +24,13 @@ class Workspace:
     def __init__(self) -> None:
         self._memory: dict[str, Tensor] = {}
 
-    def take(self, name: str, x: Tensor, packed: PackedConv) -> Tensor:
-        """Where ``conv(x, packed)`` may write its result: [B, K, H', W'] in the memory called ``name``."""
-        shape = (len(x), *packed.out_size(*x.shape[2:]), len(packed.weight))
+    def take(self, name: str, x: Tensor, packed: PackedConv, pooled: bool = False) -> Tensor:
+        """Where ``conv(x, packed)`` may write its result: [B, K, H', W'] in the memory called ``name``.
+
+        ``pooled``: where ``conv_max_pool`` may.
+        """
+        sides = packed.out_size(*x.shape[2:])
+        shape = (len(x), *((side + 1) // 2 if pooled else side for side in sides), len(packed.weight))
         size, memory = math.prod(shape), self._memory.get(name)
         if memory is None or len(memory) < size or memory.dtype != x.dtype or memory.device != x.device:
             self._memory.pop(name, None)  # given back before more is taken
@@ -37,8 +40,8 @@ class Workspace:
         return memory[:size].view(shape).permute(0, 3, 1, 2)
 
 
-def _room(workspace: Workspace | None, name: str, x: Tensor, packed: PackedConv) -> Tensor | None:
-    return None if workspace is None else workspace.take(name, x, packed)
+def _room(workspace: Workspace | None, name: str, x: Tensor, packed: PackedConv, pooled: bool = False) -> Tensor | None:
+    return None if workspace is None else workspace.take(name, x, packed, pooled)
 
 
 class Workspaces:
@@ -131,9 +134,8 @@ class PackedResNet(nn.Module):
             return self._run(images, workspace)
 
     def _run(self, images: Tensor, workspace: Workspace | None) -> list[Tensor]:
-        x = images.to(self.dtype, memory_format=torch.channels_last)
-        x = conv(x, self.stem, relu=True, out=_room(workspace, "maps0", x, self.stem))
-        x = F.max_pool2d(x, 3, stride=2, padding=1)
+        x = images.to(self.dtype)
+        x = conv_max_pool(x, self.stem, out=_room(workspace, "maps1", x, self.stem, pooled=True))
         maps = []
         for number, stage in enumerate(self.stages):
             for block in stage:
