@@ -126,6 +126,7 @@ def race(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[str, str, 
         if name not in results.timings and name not in results.refused:
             show_progress(config, f"[{request.node.stash[PLACE]}] {name}")
             hold(name, build(), config)
+            write(config)
         if name in results.refused:
             raise results.refused[name]
         if contestant in results.skipped[name]:
@@ -160,6 +161,14 @@ def hold(name: str, contest: Contest, config: pytest.Config) -> None:
     except WrongResult as error:
         results.timings.pop(name, None)
         results.refused[name] = error
+
+
+def write(config: pytest.Config) -> bool:
+    """Write the results so far, if a file was asked for: a run that is cut short leaves those."""
+    file, results = config.getoption("--benchmark-results"), config.stash[RESULTS]
+    if file:
+        write_results(Path(file), results.timings, results.parts, results.refused, results.skipped)
+    return bool(file)
 
 
 def record(benchmark: Any, name: str, timing: Timing) -> None:
@@ -201,10 +210,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(str(error))
     for floor in unheld_floors(config):
         terminalreporter.write_line(f"a floor was not held, its contestant did not run: {floor}", red=True)
-    file = config.getoption("--benchmark-results")
-    if file:
-        write_results(Path(file), results.timings, results.parts, results.refused, results.skipped)
-        terminalreporter.write_line(f"written: {file}")
+    if write(config):
+        terminalreporter.write_line(f"written: {config.getoption('--benchmark-results')}")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

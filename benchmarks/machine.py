@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 PACKAGES = ("detr_fast", "torch", "triton", "numpy", "scipy", "transformers")
 
 
+@cache
 def describe() -> dict[str, str]:
     """Everything that a row of results needs beside it, as text."""
     return {

@@ -126,3 +126,24 @@ def test_kernels_and_waits_are_counted_from_a_trace_of_a_gpu():
     ]
     assert waits_of(events) == 2
     assert kernels_of(events) == 2
+
+
+def test_the_gpu_check_goes_through_its_stages_without_a_gpu(tmp_path):
+    """The solver's, which is quick; the others build and measure."""
+    pytest.importorskip("detr_fast._C", reason="needs the native module")
+    environment = os.environ | {"OUT": str(tmp_path), "PYTHON": sys.executable}
+    command = [str(REPOSITORY / "scripts" / "gpu_check.sh"), "--dry-run", "sanitize"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "memcheck, without it: exit code 0" in run.stdout
+    assert "right" in (tmp_path / "sanitize.log").read_text()
+    late = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=environment | {"STAGE_SECONDS": "0"}
+    )
+    assert late.returncode == 1 and "not run, the stage's time is used up" in late.stdout
+
+
+def test_the_gpu_check_names_an_unknown_stage(tmp_path):
+    command = [str(REPOSITORY / "scripts" / "gpu_check.sh"), "--dry-run", "sanitise"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | {"OUT": str(tmp_path)})
+    assert run.returncode == 1 and "no such stage: sanitise" in run.stderr
