@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from benchmarks.original_transformer import OriginalTransformer
 
-RESNET50 = ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2))  # planes, blocks and stride of each stage
+# Blocks of each stage.
+DEPTHS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 
 
 class FrozenNorm(nn.Module):
@@ -35,10 +36,11 @@ class FrozenNorm(nn.Module):
 class Block(nn.Module):
     """1x1, 3x3, 1x1 convolutions and a shortcut."""
 
-    def __init__(self, channels: int, planes: int, stride: int) -> None:
+    def __init__(self, channels: int, planes: int, stride: int, dilation: int) -> None:
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(channels, planes, 1, bias=False), FrozenNorm(planes)
-        self.conv2, self.bn2 = nn.Conv2d(planes, planes, 3, stride, 1, bias=False), FrozenNorm(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, stride, dilation, dilation, bias=False)
+        self.bn2 = FrozenNorm(planes)
         self.conv3, self.bn3 = nn.Conv2d(planes, 4 * planes, 1, bias=False), FrozenNorm(4 * planes)
         self.downsample: nn.Module = nn.Identity()
         if stride > 1 or channels != 4 * planes:
@@ -55,14 +57,17 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """The convolutional part; the stem and the first stage are not trained."""
+    """The convolutional part; the stem and the first stage are not trained. ``dilation``: of the last stage (DC5)."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "resnet50", dilation: bool = False) -> None:
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False), FrozenNorm(64)
         channels = 64
-        for number, (planes, blocks, stride) in enumerate(RESNET50, start=1):
-            stage = [Block(channels, planes, stride)] + [Block(4 * planes, planes, 1) for _ in range(blocks - 1)]
+        for number, blocks in enumerate(DEPTHS[name], start=1):
+            planes, dilated = 32 << number, dilation and number == 4
+            stride, rest = (1, 2) if dilated else (1 if number == 1 else 2, 1)
+            stage = [Block(channels, planes, stride, 1)]
+            stage += [Block(4 * planes, planes, 1, rest) for _ in range(blocks - 1)]
             self.add_module(f"layer{number}", nn.Sequential(*stage))
             channels = 4 * planes
         for part in (self.conv1, self.get_submodule("layer1")):
@@ -79,9 +84,9 @@ class ResNet(nn.Module):
 class Backbone(nn.Module):
     """Holds the ResNet under its name."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str, dilation: bool) -> None:
         super().__init__()
-        self.body = ResNet()
+        self.body = ResNet(name, dilation)
 
 
 def sine_positions(padding: Tensor, channels: int) -> Tensor:
@@ -111,15 +116,24 @@ class BoxHead(nn.Module):
 
 
 class OriginalDetr(nn.Module):
-    """Images and their padding to the predictions of every decoder layer."""
+    """Images and their padding to the predictions of every decoder layer; ``need_weights``: OriginalTransformer's."""
 
-    def __init__(self, num_classes: int = 91, num_queries: int = 100, dropout: float = 0.1) -> None:
+    def __init__(
+        self,
+        num_classes: int = 91,
+        num_queries: int = 100,
+        dropout: float = 0.1,
+        *,
+        backbone: str = "resnet50",
+        dilation: bool = False,
+        need_weights: bool = True,
+    ) -> None:
         super().__init__()
-        self.transformer = OriginalTransformer(dropout=dropout)
+        self.transformer = OriginalTransformer(dropout=dropout, need_weights=need_weights)
         self.class_embed, self.bbox_embed = nn.Linear(256, num_classes + 1), BoxHead(256)
         self.query_embed = nn.Embedding(num_queries, 256)
         self.input_proj = nn.Conv2d(2048, 256, 1)
-        self.backbone = nn.ModuleList([Backbone()])
+        self.backbone = nn.ModuleList([Backbone(backbone, dilation)])
 
     def forward(self, images: Tensor, padding: Tensor) -> list[dict[str, Tensor]]:
         """[B, 3, H, W] images and [B, H, W] padding to the layers' predictions, the last layer's last."""

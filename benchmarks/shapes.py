@@ -121,3 +121,26 @@ class TrainShape:
 
 # Two images a process, as in the original's training; small enough for a CPU.
 TRAIN_STEP = TrainShape("640x640 batch 2", (640, 640), COCO_TARGETS[2:4])
+
+
+@dataclass(frozen=True)
+class InferenceShape:
+    """Images of one size through a whole model."""
+
+    image_size: tuple[int, int] = COMMON_SIZE
+    batch: int = 1
+    backbone: str = "resnet50"
+    dilation: bool = False
+
+    @property
+    def name(self) -> str:
+        """The model and the size."""
+        model = self.backbone + ("-dc5" if self.dilation else "")
+        return f"{model} {self.batch}x{self.image_size[0]}x{self.image_size[1]}"
+
+
+SMALL_IMAGE = (480, 640)
+LATENCY_SHAPES = (InferenceShape(), InferenceShape(SMALL_IMAGE), InferenceShape((800, 1333)))
+THROUGHPUT_SHAPES = (InferenceShape(SMALL_IMAGE, batch=4),)
+OTHER_MODELS = (InferenceShape(SMALL_IMAGE, dilation=True), InferenceShape(SMALL_IMAGE, backbone="resnet101"))
+INFERENCE_SHAPES = (*LATENCY_SHAPES, *THROUGHPUT_SHAPES, *OTHER_MODELS)

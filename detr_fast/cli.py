@@ -162,6 +162,9 @@ def predict(
     size: Size = None,
     max_size: MaxSize = None,
     dilation: Dilation = None,
+    optimized: Annotated[
+        bool, typer.Option("--optimized/--not-optimized", help="run an optimised copy of the model")
+    ] = True,
 ) -> None:
     """Draw labelled boxes on images and write them in COCO's results format; exit code 1 where an image failed.
 
@@ -184,6 +187,7 @@ def predict(
         model_options=_model_options(dilation),
         batch_size=batch_size,
         device=choose_device(device),
+        optimized=optimized,
         **settings,
     )
     summary = predict_files(

@@ -11,18 +11,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small import PatchBackbone, small_detr
+from small import PatchBackbone, random_targets, small_criterion, small_detr
 from test_golden import fill, golden_images, golden_model, known
-from torch import nn
+from torch import Tensor, nn
 
 import detr_fast
 from detr_fast import Detr, DetrDemo, ImageBatch, Joiner, PositionEmbeddingSine, Transformer, optimize
 from detr_fast.data.images import load_image
 from detr_fast.data.transforms import eval_transforms
+from detr_fast.evaluate import evaluate
 from detr_fast.models.backbone import Backbone, BasicBlock, ResNet
 from detr_fast.models.packed_resnet import PackedResNet, Workspaces, folded
 from detr_fast.models.segmentation import DetrSegm
 from detr_fast.optimize import optimizes
+from detr_fast.postprocess import PostProcess
 from detr_fast.predictor import Predictor
 
 NAMES = ("pred_logits", "pred_boxes")
@@ -135,7 +137,7 @@ def test_float64_stays_float64() -> None:
         torch.testing.assert_close(ours, theirs.detach())
 
 
-def test_predictor_and_evaluate_run_a_copy_unless_told_not_to() -> None:
+def test_predictor_runs_a_copy_unless_told_not_to() -> None:
     model, picture = resnet_detr(), np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)
     fast, plain = (Predictor(model, threshold=0, size=64, optimized=choice) for choice in (True, False))
     assert isinstance(fast.model.backbone[0].body, PackedResNet) and plain.model is model
@@ -143,6 +145,39 @@ def test_predictor_and_evaluate_run_a_copy_unless_told_not_to() -> None:
     torch.testing.assert_close(found.boxes_xyxy_px, expected.boxes_xyxy_px, atol=1e-3, rtol=0)
     own = small_detr()
     assert Predictor(own).model is own
+
+
+class Collector:
+    """Stands in for an evaluator that keeps what it is given."""
+
+    iou_types = ("bbox",)
+
+    def __init__(self) -> None:
+        self.found: dict[int, dict[str, Tensor]] = {}
+
+    def update(self, found: dict[int, dict[str, Tensor]]) -> None:
+        self.found.update(found)
+
+    def synchronize(self) -> None:
+        pass
+
+    def summarize(self) -> dict[int, dict[str, Tensor]]:
+        return self.found
+
+
+def test_evaluate_measures_a_copys_losses_of_all_layers() -> None:
+    model, targets = resnet_detr(), random_targets([2, 1])
+    labelled = [
+        {**target, "image_id": torch.tensor(number), "orig_size": torch.tensor([64, 96])}
+        for number, target in enumerate(targets)
+    ]
+    loader, settings = [(torch.randn(2, 3, 64, 96), labelled)], {"postprocess": PostProcess(), "device": "cpu"}
+    (fast, losses), (plain, expected) = (
+        evaluate(model, loader, evaluator=Collector(), criterion=small_criterion(), optimized=choice, **settings)
+        for choice in (True, False)
+    )
+    assert model.training and "loss_bbox_0" in expected and losses == pytest.approx(expected, rel=1e-4)
+    torch.testing.assert_close(fast[1]["boxes"], plain[1]["boxes"], atol=1e-3, rtol=0)
 
 
 def test_pickles_copies_and_threads_agree() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.transformers_weights import our_name, our_state_dict
 from detr_fast.criterion import SetCriterion
 from detr_fast.data.batch import ImageBatch
 from detr_fast.matcher import HungarianMatcher
@@ -20,46 +21,6 @@ from detr_fast.models.detr import Detr
 from detr_fast.models.presets import detr_resnet50
 
 NUM_CLASSES = 91
-
-# Their names to ours, one piece of a name at a time.
-RENAMES = (
-    (r"^model\.backbone\.model\.embedder\.embedder\.convolution", "backbone.0.body.conv1"),
-    (r"^model\.backbone\.model\.embedder\.embedder\.normalization", "backbone.0.body.bn1"),
-    (r"^model\.backbone\.model\.encoder\.stages\.(\d)\.layers", lambda m: f"backbone.0.body.layer{int(m[1]) + 1}"),
-    (r"\.shortcut\.convolution", ".downsample.0"),
-    (r"\.shortcut\.normalization", ".downsample.1"),
-    (r"\.layer\.(\d)\.convolution", lambda m: f".conv{int(m[1]) + 1}"),
-    (r"\.layer\.(\d)\.normalization", lambda m: f".bn{int(m[1]) + 1}"),
-    (r"^model\.query_position_embeddings", "query_embed"),
-    (r"^model\.input_projection", "input_proj"),
-    (r"^model\.(encoder|decoder)\.", r"transformer.\1."),
-    (r"\.o_proj", ".out_proj"),
-    (r"\.self_attn_layer_norm", ".norm1"),
-    (r"(\.encoder\.layers\.\d)\.final_layer_norm", r"\1.norm2"),
-    (r"\.encoder_attn_layer_norm", ".norm2"),
-    (r"(\.decoder\.layers\.\d)\.final_layer_norm", r"\1.norm3"),
-    (r"\.encoder_attn\.", ".multihead_attn."),
-    (r"\.mlp\.fc", ".linear"),
-    (r"^transformer\.decoder\.layernorm", "transformer.decoder.norm"),
-    (r"^class_labels_classifier", "class_embed"),
-    (r"^bbox_predictor", "bbox_embed"),
-)
-
-
-def our_name(name: str) -> str:
-    for pattern, replacement in RENAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def our_state_dict(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Their state dict under our names; their three projections of an attention become our one."""
-    ours = {our_name(name): value for name, value in theirs.items() if not re.search(r"\.[qkv]_proj\.", name)}
-    for name in theirs:
-        if ".q_proj." in name:
-            parts = [theirs[name.replace(".q_proj.", f".{letter}_proj.")] for letter in "qkv"]
-            ours[our_name(name.replace(".q_proj.", ".in_proj_"))] = torch.cat(parts)
-    return ours
 
 
 def randomise(model: nn.Module) -> None:

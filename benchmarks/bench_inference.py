@@ -1,0 +1,84 @@
+"""The whole model in inference, images to boxes, against the original's way and the runtimes that people deploy with.
+
+The floor is the model's floating-point operations as products of 2048 x 2048 matrices, timed in the same turns. Memory
+freed by PyTorch is by default given back to the system and mapped again at the next call; started with
+``MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1099511627776`` in the environment, every contest stands under a name of
+its own, "tuned malloc". What a process needs from its start on is ``python -m benchmarks.inference_process``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.harness import Contest, Contestant
+from benchmarks.runtimes import WAYS, Run, model_of, tuned_malloc
+from benchmarks.shapes import INFERENCE_SHAPES, SMALL_IMAGE, InferenceShape
+
+Race = Callable[[str, str, Callable[[], Contest]], None]
+RUNTIMES = ("original", "onnxruntime", "openvino", "detr_fast")
+# Minutes go by until it is compiled.
+COMPILED = ("original", "transformers", "torch.compile", "detr_fast")
+SMALL = InferenceShape(SMALL_IMAGE)
+MALLOC = ", tuned malloc" if tuned_malloc() else ""
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("contestant", RUNTIMES)
+@pytest.mark.parametrize("shape", INFERENCE_SHAPES, ids=lambda shape: shape.name)
+def test_runtimes(race: Race, shape: InferenceShape, contestant: str) -> None:
+    race(f"inference {shape.name}{MALLOC}", contestant, lambda: inference(shape, RUNTIMES, 1e-4))
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("contestant", COMPILED)
+def test_pytorch(race: Race, contestant: str) -> None:
+    race(f"inference in PyTorch {SMALL.name}{MALLOC}", contestant, lambda: inference(SMALL, COMPILED, 1e-4))
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("contestant", ("detr_fast", "detr_fast-bf16"))
+def test_bfloat16(race: Race, contestant: str) -> None:
+    ways = ("detr_fast", "detr_fast-bf16")
+    race(f"inference in bfloat16 {SMALL.name}{MALLOC}", contestant, lambda: inference(SMALL, ways, 3e-2))
+
+
+def inference(shape: InferenceShape, ways: tuple[str, ...], tolerance: float) -> Contest:
+    """Boxes within ``tolerance`` of the original's."""
+    model, images = model_of(shape), torch.randn(shape.batch, 3, *shape.image_size)
+    with torch.no_grad():
+        runs = {name: WAYS[name](model, images) for name in ways if name not in missing()}
+        with FlopCounterMode(display=False) as counter:
+            expected = WAYS["original"](model, images)(images)[1]
+
+    def check(boxes: Tensor) -> None:
+        torch.testing.assert_close(boxes, expected, rtol=0, atol=tolerance)
+
+    contestants = [Contestant(name, partial(boxes_of, run, images)) for name, run in runs.items()]
+    floor = Contestant("matrix products", partial(multiply, counter.get_total_flops(), torch.randn(2048, 2048)))
+    return Contest(contestants, check, floors=[floor], skipped={k: v for k, v in missing().items() if k in ways})
+
+
+@torch.inference_mode()
+def boxes_of(run: Run, images: Tensor) -> Tensor:
+    """The boxes alone."""
+    return run(images)[1]
+
+
+def multiply(flops: int, square: Tensor) -> None:
+    """So many operations, a multiplication and an addition being two."""
+    rows = flops // (2 * square.numel())
+    for start in range(0, rows, len(square)):
+        square[: rows - start] @ square
+
+
+def missing() -> dict[str, str]:
+    """Runtimes that are not installed, and why they do not take part."""
+    packages = ("transformers", "onnxruntime", "openvino")
+    return {name: f"{name} is not installed" for name in packages if importlib.util.find_spec(name) is None}
