@@ -81,6 +81,8 @@ class OptimConfig:
     clip_max_norm: float = _option(0.1, "largest norm of the gradient, 0 for no clipping")
     accumulate: int = _option(1, "batches per update; their losses, each normalised by itself, are averaged")
     amp: bool = _option(False, "forward pass in bfloat16 (autocast); losses and weights stay float32")
+    compile: bool = _option(False, "compile the model (torch.compile): needs a C++ compiler, on a GPU Triton")
+    cuda_graph: bool = _option(False, "run the model as CUDA graphs, one for each padded size (not tried on a GPU yet)")
     ema_decay: float = _option(0.0, "keep and evaluate a moving average of the weights, such as 0.9997; 0 for none")
 
     def __post_init__(self) -> None:
@@ -89,6 +91,9 @@ class OptimConfig:
         for name in ("lr", "lr_backbone", "weight_decay", "clip_max_norm"):
             _check(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
         _check(0 <= self.ema_decay < 1, "ema_decay", "in [0, 1)", self.ema_decay)
+        _check(not (self.compile and self.cuda_graph), "cuda_graph", "used without compile", True)
+        # A graph's gradients are in its own memory, where the next batch of the update would overwrite them.
+        _check(not self.cuda_graph or self.accumulate == 1, "accumulate", "1 with cuda_graph", self.accumulate)
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,9 @@ class TrainConfig:
         _check(bool(self.scales) and min(self.scales) >= 1, "scales", "one or more positive sizes", self.scales)
         _check(not self.reset_class_head or bool(self.pretrained), "reset_class_head", "used with pretrained", True)
 
+        graph, again = self.optim.cuda_graph, self.model.activation_checkpointing
+        _check(not (graph and again), "activation_checkpointing", "off with cuda_graph", again)
+        _check(not (graph and self.model.masks), "masks", "off with cuda_graph", True)
         masks, panoptic = self.model.masks, self.train_segments is not None
         _check(masks or self.frozen_weights is None, "frozen_weights", "used with masks", self.frozen_weights)
         _check(masks or not panoptic, "train_segments", "used with masks", self.train_segments)

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from detr_fast.config import OptimConfig
@@ -27,6 +26,7 @@ from detr_fast.data.target_batch import TargetBatch
 from detr_fast.distributed import all_gather_objects, is_distributed, mean_over_processes, world_size
 from detr_fast.finite import FiniteGuard, image_ids
 from detr_fast.targets import check_targets
+from detr_fast.train_forward import train_forward
 from detr_fast.train_state import TrainState
 
 Losses = dict[str, Tensor]
@@ -139,7 +139,7 @@ def fit(
         Interrupted: ``hooks.should_stop`` asked for it.
         NonFiniteLossError: a loss or gradient is NaN or infinite; that update has not touched the weights.
         ValueError: a target cannot be trained on, and the message names its image; or ``train_loader`` is empty, or not
-            as long on every process.
+            as long on every process; or ``options`` ask for what cannot be done here.
     """
     _check_batches(all_gather_objects(len(train_loader)))
     loop = _Loop(criterion, train_loader, options, state or TrainState.start(model, options), hooks or FitHooks())
@@ -174,8 +174,7 @@ class _Loop:
     def __post_init__(self) -> None:
         self.device = next(self.state.model.parameters()).device
         self.criterion.to(self.device)
-        # The wrapped model sees the same parameters; one device per process, so inputs need no scattering.
-        self.forward: nn.Module = DistributedDataParallel(self.state.model) if is_distributed() else self.state.model
+        self.forward = train_forward(self.state.model, self.options, self.device)
         self.guard = FiniteGuard(self.state.optimizer, self.device)
         # Requests to stop go over the host, so that asking for them does not wait for a GPU.
         self.control = dist.new_group(backend="gloo") if is_distributed() else None
@@ -229,7 +228,9 @@ class _Loop:
             self.state.ema.update(self.state.model)
 
     def _losses(self, images: ImageBatch, targets: TargetBatch) -> tuple[Losses, Tensor]:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp):
+        # A graph must not hold the copies of weights in bfloat16 that autocast keeps.
+        cache = not self.options.cuda_graph
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp, cache_enabled=cache):
             outputs = self.forward(images)
         try:
             losses = self.criterion(outputs, targets)

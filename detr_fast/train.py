@@ -57,6 +57,7 @@ MAY_CHANGE = {
     *("train_images", "train_annotations", "val_images", "val_annotations", "output_dir", "device"),
     *("train_segments", "val_segments", "frozen_weights"),
     *("epochs", "num_workers", "resume", "pretrained", "reset_class_head", "backbone_weights"),
+    *("compile", "cuda_graph", "activation_checkpointing"),
     *("save_every", "log_every"),
 }
 
