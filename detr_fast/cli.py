@@ -29,6 +29,7 @@ MaxSize = Annotated[int | None, typer.Option(min=1, help="longest side in pixels
 Dilation = Annotated[
     bool | None, typer.Option(help="whether the last stage is dilated (DC5), where the checkpoint does not say it")
 ]
+SharpMasks = Annotated[bool, typer.Option("--sharp-masks", help="sharpen masks by the image's colours")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
@@ -75,11 +76,12 @@ def demo(
     output: Annotated[Path, typer.Option(help="folder for pictures, curves and checkpoint")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="of the weights and the scenes")] = 0,
     device: Device = "auto",
+    masks: Annotated[bool, typer.Option("--masks", help="train a mask head too, and draw segments")] = False,
 ) -> None:
     """Train on handwritten digits in photographs that ship with scikit-learn, and draw what was learnt."""
     from detr_fast.demo import run_demo
 
-    run_demo(minutes=minutes, output=output, seed=seed, device=device)
+    run_demo(minutes=minutes, output=output, seed=seed, device=device, masks=masks)
 
 
 def train(**options: Any) -> None:
@@ -107,6 +109,7 @@ def evaluate(
     dilation: Dilation = None,
     segments: Annotated[Path | None, typer.Option(help="folder of PNGs: measure panoptic quality")] = None,
     masks: Annotated[bool, typer.Option("--masks", help="measure AP of masks instead of boxes")] = False,
+    sharp_masks: SharpMasks = False,
 ) -> None:
     """Print a checkpoint's COCO AP, or its panoptic quality, on a data set.
 
@@ -133,6 +136,7 @@ def evaluate(
         model_options=_model_options(dilation),
         segments=segments,
         masks=masks,
+        sharp_masks=sharp_masks,
         output=output,
     )
     if is_main():
@@ -154,6 +158,7 @@ def predict(
     panoptic: Annotated[
         bool, typer.Option("--panoptic", help="segments of things and stuff in place of boxes")
     ] = False,
+    sharp_masks: SharpMasks = False,
     categories: Annotated[
         Path | None, typer.Option(help="COCO file that names the classes and says which are things, not the checkpoint")
     ] = None,
@@ -188,6 +193,7 @@ def predict(
         batch_size=batch_size,
         device=choose_device(device),
         optimized=optimized,
+        sharp_masks=sharp_masks,
         **settings,
     )
     summary = predict_files(

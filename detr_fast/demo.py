@@ -19,9 +19,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader
 
 from detr_fast.build import criterion_from_args, model_from_args
@@ -30,19 +27,23 @@ from detr_fast.config import LossConfig, ModelConfig, OptimConfig
 from detr_fast.data.batch import collate
 from detr_fast.data.coco import CocoDetection
 from detr_fast.data.digits import CATEGORIES, DigitScenes, FreshScenes, write_coco
+from detr_fast.data.images import load_image
 from detr_fast.data.transforms import eval_transforms
-from detr_fast.drawing import draw_boxes
+from detr_fast.drawing import contact_sheet
 from detr_fast.evaluate import CocoEvaluator, evaluate
 from detr_fast.fit import EpochReport, FitHooks, Interrupted, StepReport, fit
 from detr_fast.interrupt import StopSignals
+from detr_fast.models.segmentation import DetrSegm
 from detr_fast.plots import plot_log
 from detr_fast.postprocess import PostProcess
 from detr_fast.predict import predict_files
 from detr_fast.predictor import Predictor
+from detr_fast.progress import DemoDisplay
 from detr_fast.train import CHECKPOINT, LOG, append_line, choose_device
 from detr_fast.train_state import TrainState
 
 SIZE = 96
+THINGS = dict.fromkeys(CATEGORIES, True)
 MODEL = ModelConfig(
     backbone="tiny",
     hidden_dim=128,
@@ -60,6 +61,9 @@ LOSS = LossConfig(set_cost_class=1.0, set_cost_bbox=2.5, set_cost_giou=1.0, bbox
 BATCH_SIZE = 32
 LEARNING_RATE = 1e-3
 WARM_UP = 0.03  # of the whole time
+# All masks of a batch at once: they are small, and to compute them again in the backward pass would take half as long
+# as the detector's update.
+MASK_CHUNK = 512
 # About a minute on two cores.
 EPOCH_UPDATES = 250
 
@@ -84,6 +88,7 @@ class DemoResult:
         updates, images: how much was trained.
         seconds: how long all of it took.
         history: (seconds since the start, AP, AP50) of every evaluation.
+        mask_stats: as ``stats``, of the masks, where they were trained.
     """
 
     output: Path
@@ -92,6 +97,7 @@ class DemoResult:
     images: int
     seconds: float
     history: list[tuple[float, float, float]] = field(default_factory=list)
+    mask_stats: dict[str, float] | None = None
 
 
 def run_demo(
@@ -102,6 +108,7 @@ def run_demo(
     device: str = "auto",
     max_steps: int | None = None,
     val_images: int = VAL_IMAGES,
+    masks: bool = False,
 ) -> DemoResult:
     """Make the data, train, evaluate about every minute, and draw.
 
@@ -119,6 +126,7 @@ def run_demo(
         max_steps: train for so many updates (rounded up to epochs of equal length), in place of a time; then a seed
             always gives the same weights on the same machine.
         val_images: validation scenes.
+        masks: train a mask head too, and draw segments in place of boxes.
 
     Raises:
         ValueError: a number is not positive, or ``output`` holds another run.
@@ -130,7 +138,7 @@ def run_demo(
     _check(minutes, max_steps, val_images)
     folder = _prepare(Path(output))
     with _all_cores(), DemoDisplay(60 * minutes) as display:
-        demo = _Demo(folder, seed, torch.device(choose_device(device)), started, display)
+        demo = _Demo(folder, seed, torch.device(choose_device(device)), started, display, masks)
         demo.make_data(val_images)
         try:
             demo.train(60 * minutes, max_steps)
@@ -146,46 +154,26 @@ def lr_factor(done: float) -> float:
     return min(1.0, 0.02 + done / WARM_UP) * (0.505 + 0.495 * math.cos(math.pi * done))
 
 
-class DemoDisplay:
-    """A bar on a terminal, filled by time; and lines."""
-
-    def __init__(self, seconds: float, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False)
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.fields[status]}"))
-        self.bar = Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True)
-        self.bar.disable = not self.console.is_terminal
-        self.task = self.bar.add_task("training", total=seconds, status="")
-
-    def __enter__(self) -> DemoDisplay:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def move(self, seconds: float, status: str) -> None:
-        """Set the bar to the time since the start."""
-        self.bar.update(self.task, completed=seconds, status=status)
-
-    def note(self, text: str) -> None:
-        """Print lines."""
-        self.console.print(text, markup=False, soft_wrap=True)
-
-
 class _Demo:
     """One run: the steps of ``run_demo`` and what they share."""
 
-    def __init__(self, folder: Path, seed: int, device: torch.device, started: float, display: DemoDisplay) -> None:
+    def __init__(
+        self, folder: Path, seed: int, device: torch.device, started: float, display: DemoDisplay, masks: bool
+    ) -> None:
         self.folder, self.seed, self.device = folder, seed, device
-        self.started, self.display = started, display
+        self.started, self.display, self.masks = started, display, masks
+        self.mask_stats: dict[str, float] | None = None
         self.stats: dict[str, float] = {}
         self.evaluated_step = 0
         self.history: list[tuple[float, float, float]] = []
         self.signals = StopSignals()
         torch.manual_seed(seed)
         optim = OptimConfig(lr=LEARNING_RATE, lr_backbone=LEARNING_RATE)
-        self.args = _args(optim, seed)
-        self.state = TrainState.start(model_from_args(SimpleNamespace(**self.args)).to(device), optim)
+        self.args = _args(optim, seed, masks)
+        model = model_from_args(SimpleNamespace(**self.args)).to(device)
+        if isinstance(model, DetrSegm):
+            model.chunk = MASK_CHUNK
+        self.state = TrainState.start(model, optim)
         self.criterion = criterion_from_args(SimpleNamespace(**self.args)).to(device)
 
     def make_data(self, val_images: int) -> None:
@@ -193,7 +181,7 @@ class _Demo:
         for split, count in (("train", TRAIN_IMAGES_ON_DISK), ("val", val_images)):
             scenes = DigitScenes(split, count, size=SIZE, seed=self.seed)
             write_coco([scenes.scene(index) for index in range(count)], self.folder / split, split)
-        dataset = CocoDetection(*self.val_files, eval_transforms(SIZE, SIZE))
+        dataset = CocoDetection(*self.val_files, eval_transforms(SIZE, SIZE), return_masks=self.masks)
         # Decoded once: reading the files for every evaluation would take as long as the model does.
         self.val_batches = list(DataLoader(dataset, BATCH_SIZE, collate_fn=collate))
 
@@ -215,7 +203,7 @@ class _Demo:
             log_every=5,
         )
         options = OptimConfig(epochs=epochs, lr=LEARNING_RATE, lr_backbone=LEARNING_RATE)
-        model, loader = self.state.model, _train_loader(updates, epochs, self.seed)
+        model, loader = self.state.model, _train_loader(updates, epochs, self.seed, self.masks)
         self.display.note(
             self._introduction(f"{seconds / 60:g} minutes" if max_steps is None else f"{max_steps} updates")
         )
@@ -231,10 +219,22 @@ class _Demo:
         """Write the curves and the pictures, and say where they are."""
         images = sorted(self.val_files[0].iterdir())[:DRAWN_IMAGES]
         predictor = Predictor(
-            self.state.model, CATEGORIES, size=SIZE, max_size=SIZE, batch_size=BATCH_SIZE, device=self.device
+            self.state.model,
+            CATEGORIES,
+            size=SIZE,
+            max_size=SIZE,
+            batch_size=BATCH_SIZE,
+            device=self.device,
+            is_thing_map=THINGS,
         )
-        predict_files(images, predictor, self.folder / "predictions", annotations=self.val_files[1])
-        _write_sheet(images, predictor, self.folder / "predictions.png")
+        threshold = predictor.threshold if self.masks else None
+        folder, annotations = self.folder / "predictions", self.val_files[1]
+        predict_files(images, predictor, folder, annotations=annotations, panoptic=threshold)
+        found = predictor(images) if threshold is None else predictor.panoptic(images, threshold=threshold)
+        drawn = [
+            prediction.draw(load_image(path), min_size=TILE_PX) for path, prediction in zip(images, found, strict=True)
+        ]
+        contact_sheet(drawn, SHEET_COLUMNS).save(self.folder / "predictions.png")
         if self.history:
             plot_log(self.folder)
         self.display.note(self._conclusion())
@@ -242,7 +242,9 @@ class _Demo:
     def result(self) -> DemoResult:
         """What it came to."""
         steps = self.state.step
-        return DemoResult(self.folder, self.stats, steps, steps * BATCH_SIZE, self._seconds(), self.history)
+        return DemoResult(
+            self.folder, self.stats, steps, steps * BATCH_SIZE, self._seconds(), self.history, self.mask_stats
+        )
 
     def _seconds(self) -> float:
         return time.monotonic() - self.started
@@ -255,22 +257,30 @@ class _Demo:
     def _on_epoch(self, state: TrainState, report: EpochReport) -> None:
         # Saved before the evaluation, so that stopping in the middle of that loses nothing.
         self._save()
+        evaluator = CocoEvaluator(self.val_files[1], ("bbox", "segm") if self.masks else ("bbox",))
         with self.signals.at_once():
             result, losses = evaluate(
                 state.model,
                 self.val_batches,
                 postprocess=PostProcess(),
-                evaluator=CocoEvaluator(self.val_files[1]),
+                evaluator=evaluator,
                 device=self.device,
                 criterion=self.criterion,
             )
         self.stats, self.evaluated_step = dict(result.stats), state.step
+        self.mask_stats = dict(evaluator.summarize("segm").stats) if self.masks else None
         self.history.append((self._seconds(), self.stats["AP"], self.stats["AP50"]))
         self._log(report, losses)
         self.display.note(
             f"{self._seconds() / 60:5.1f} min  {state.step:5d} updates  loss {report.losses['loss']:6.3f}  "
-            f"AP {self.stats['AP']:.3f}  AP50 {self.stats['AP50']:.3f}"
+            f"{self._scores()}"
         )
+
+    def _scores(self) -> str:
+        scores = f"AP {self.stats['AP']:.3f}  AP50 {self.stats['AP50']:.3f}"
+        if self.mask_stats is None:
+            return scores
+        return f"{scores}  of masks: AP {self.mask_stats['AP']:.3f}  AP50 {self.mask_stats['AP50']:.3f}"
 
     def _log(self, report: EpochReport, val_losses: dict[str, float]) -> None:
         weights: dict[str, float] = self.criterion.weight_dict
@@ -280,6 +290,7 @@ class _Demo:
             **{f"val_{name}": value * weights.get(name, 1.0) for name, value in val_losses.items()},
             "lr": report.lr,
             "coco_bbox": self.stats,
+            **({} if self.mask_stats is None else {"coco_segm": self.mask_stats}),
             "seconds": round(report.seconds, 3),
             "images_per_second": round(report.images / max(report.seconds, 1e-9), 3),
             "seconds_since_start": round(self._seconds(), 3),
@@ -288,7 +299,8 @@ class _Demo:
 
     def _save(self) -> None:
         contents = {"model": self.state.model.state_dict(), "epoch": self.state.epoch, "step": self.state.step}
-        save_checkpoint({**contents, "args": self.args, "categories": CATEGORIES}, self.folder / CHECKPOINT)
+        contents |= {"args": self.args, "categories": CATEGORIES, "is_thing_map": THINGS}
+        save_checkpoint(contents, self.folder / CHECKPOINT)
 
     def _introduction(self, length: str) -> str:
         parameters = sum(parameter.numel() for parameter in self.state.model.parameters())
@@ -302,14 +314,14 @@ class _Demo:
         score = f"stopped after {self.state.step} updates, before the first evaluation"
         if self.stats:
             count = sum(len(targets) for _, targets in self.val_batches)
-            score = f"AP {self.stats['AP']:.3f}  AP50 {self.stats['AP50']:.3f} on {count} scenes of unseen digits, "
-            score += f"after {self.evaluated_step} updates"
+            score = f"{self._scores()} on {count} scenes of unseen digits, after {self.evaluated_step} updates"
         return (
             f"{score}\n"
             f"pictures: {self.folder / 'predictions.png'} and {self.folder / 'predictions'}\n"
-            f"go on with: detr-fast predict {images} --checkpoint {self.folder / CHECKPOINT}\n"
+            f"go on with: detr-fast predict {images} --checkpoint {self.folder / CHECKPOINT}"
+            f"{' --panoptic' if self.masks else ''}\n"
             f"            detr-fast eval --checkpoint {self.folder / CHECKPOINT} --images {images} "
-            f"--annotations {annotations}"
+            f"--annotations {annotations}{' --masks' if self.masks else ''}"
         )
 
 
@@ -356,17 +368,18 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _args(optim: OptimConfig, seed: int) -> dict[str, Any]:
+def _args(optim: OptimConfig, seed: int, masks: bool) -> dict[str, Any]:
     """What the checkpoint tells its readers, under the original's option names."""
     data = {"dataset_file": "digits", "num_classes": max(CATEGORIES) + 1, "scales": [SIZE], "max_size": SIZE}
-    return {**asdict(MODEL), **asdict(LOSS), **asdict(optim), **data, "batch_size": BATCH_SIZE, "seed": seed}
+    run = {"batch_size": BATCH_SIZE, "seed": seed, "masks": masks}
+    return {**asdict(MODEL), **asdict(LOSS), **asdict(optim), **data, **run}
 
 
-def _train_loader(updates: int, epochs: int, seed: int) -> DataLoader[Any]:
+def _train_loader(updates: int, epochs: int, seed: int, masks: bool) -> DataLoader[Any]:
     length = updates * BATCH_SIZE
     workers = _workers()
     return DataLoader(
-        DigitScenes("train", length * epochs, size=SIZE, seed=seed),
+        DigitScenes("train", length * epochs, size=SIZE, seed=seed, return_masks=masks),
         BATCH_SIZE,
         sampler=FreshScenes(length),
         collate_fn=collate,
@@ -380,16 +393,3 @@ def _train_loader(updates: int, epochs: int, seed: int) -> DataLoader[Any]:
 def _ignore_interrupts(worker_id: int) -> None:
     # Ctrl-C goes to every process of the terminal; the main one decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _write_sheet(images: list[Path], predictor: Predictor, path: Path) -> None:
-    """Draw the detections of many images on one sheet."""
-    rows, step = math.ceil(len(images) / SHEET_COLUMNS), TILE_PX + 4
-    sheet = Image.new("RGB", (SHEET_COLUMNS * step - 4, rows * step - 4), "white")
-    for place, (image, found) in enumerate(zip(images, predictor(images), strict=True)):
-        labels, scores = found.labels.tolist(), found.scores.tolist()
-        with Image.open(image) as picture:
-            drawn = draw_boxes(picture, found.boxes_xyxy_px, labels, found.names, scores, min_size=TILE_PX)
-        row, column = divmod(place, SHEET_COLUMNS)
-        sheet.paste(drawn, (column * step, row * step))
-    sheet.save(path)

@@ -174,6 +174,16 @@ def draw_segments(
     return canvas
 
 
+def contact_sheet(pictures: Sequence[Image.Image], columns: int, gap: int = 4) -> Image.Image:
+    """Lay out pictures, all of the first one's size, on one sheet, ``columns`` to a row."""
+    width, height = pictures[0].size
+    rows, across, down = math.ceil(len(pictures) / columns), width + gap, height + gap
+    sheet = Image.new("RGB", (columns * across - gap, rows * down - gap), "white")
+    for place, picture in enumerate(pictures):
+        sheet.paste(picture, (place % columns * across, place // columns * down))
+    return sheet
+
+
 def _tint(color: Color, number: int) -> Color:
     """Lighter or darker from one segment of a class to the next."""
     share = (0.0, 0.25, -0.25, 0.45, -0.4)[number % 5]

@@ -26,6 +26,7 @@ from detr_fast.optimize import optimize, optimizes
 from detr_fast.panoptic_evaluator import PanopticEvaluator, PanopticResult
 from detr_fast.postprocess import PostProcess
 from detr_fast.postprocess_masks import PostProcessPanoptic, PostProcessSegm
+from detr_fast.sharp_masks import with_sharp_masks
 
 __all__ = ["STAT_NAMES", "CocoEvaluator", "CocoResult", "evaluate", "evaluate_checkpoint"]
 
@@ -40,6 +41,7 @@ def evaluate(
     criterion: nn.Module | None = None,
     amp: bool = False,
     optimized: bool = True,
+    sharp_masks: bool = False,
 ) -> tuple[Any, dict[str, float]]:
     """Run a model over a data set and measure its COCO numbers.
 
@@ -57,6 +59,7 @@ def evaluate(
         amp: run the model in bfloat16 autocast.
         optimized: run an optimised copy of a model that contains a ResNet (see ``optimize``); not with ``amp``, whose
             casts a copy does without.
+        sharp_masks: sharpen the masks that are measured (see ``detr_fast.sharp_masks``).
 
     Returns:
         The evaluator's result, of its first IoU type (see CocoResult, PanopticResult), and the losses averaged over all
@@ -84,6 +87,8 @@ def evaluate(
                     outputs = detect(module, batch, aux_outputs=None if criterion else False)
                 outputs = _to_float32(outputs)
                 losses.add(outputs, targets, device)
+                if sharp_masks:
+                    outputs = with_sharp_masks(outputs, batch.images)
                 results = _postprocess(postprocess, outputs, targets, batch, evaluator)
                 evaluator.update({int(t["image_id"]): found for t, found in zip(targets, results, strict=True)})
     finally:
@@ -105,6 +110,7 @@ def evaluate_checkpoint(
     model_options: Mapping[str, Any] | None = None,
     segments: str | os.PathLike[str] | None = None,
     masks: bool = False,
+    sharp_masks: bool = False,
     output: str | os.PathLike[str] | None = None,
 ) -> CocoResult | PanopticResult:
     """Measure a checkpoint's COCO numbers on a folder of images.
@@ -119,6 +125,7 @@ def evaluate_checkpoint(
             DC5 checkpoint.
         segments: folder of PNGs: the annotations are of COCO's panoptic format, and panoptic quality is measured.
         masks: measure the average precision of masks, not of boxes.
+        sharp_masks: sharpen what masks there are (see ``detr_fast.sharp_masks``).
         output: JSON file that the main process writes; its folder is made.
 
     Raises:
@@ -150,7 +157,14 @@ def evaluate_checkpoint(
         postprocess = PostProcessPanoptic(evaluator.is_thing_map)
     else:
         evaluator = CocoEvaluator(annotations, ("segm",) if masks else ("bbox",))
-    result, _ = evaluate(model.to(device), loader, postprocess=postprocess, evaluator=evaluator, device=device)
+    result, _ = evaluate(
+        model.to(device),
+        loader,
+        postprocess=postprocess,
+        evaluator=evaluator,
+        device=device,
+        sharp_masks=sharp_masks and isinstance(model, DetrSegm),
+    )
     if output is not None and is_main():
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         Path(output).write_text(result.to_json() + "\n")

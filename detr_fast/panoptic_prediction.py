@@ -30,9 +30,10 @@ class PanopticPrediction:
     @staticmethod
     def of(segments: Segments, categories: Mapping[int, str]) -> PanopticPrediction:
         """Number the segments from 1 on, since COCO's format takes 0 for no segment. It waits for the device."""
-        infos = [{**info, "id": info["id"] + 1} for info in segments.segments_info]
+        step = 1 - min((info["id"] for info in segments.segments_info), default=1)
+        infos = [{**info, "id": info["id"] + step} for info in segments.segments_info]
         names = [categories.get(info["category_id"], f"class {info['category_id']}") for info in infos]
-        return PanopticPrediction(segments.ids.cpu() + bool(infos), infos, names)
+        return PanopticPrediction(segments.ids.cpu() + step, infos, names)
 
     @property
     def size(self) -> tuple[int, int]:

@@ -78,7 +78,8 @@ class Segments(NamedTuple):
 
     Attributes:
         ids: [height, width] int64, the segment of each pixel; 0 throughout where there is none.
-        segments_info: for each segment "id" (its place in this list), "isthing", "category_id", and "area" in pixels.
+        segments_info: for each segment "id" (its place in this list, one more where pixels may be of none), "isthing",
+            "category_id", and "area" in pixels.
     """
 
     ids: Tensor
@@ -100,17 +101,20 @@ class PostProcessPanoptic(nn.Module):
     Args:
         is_thing_map: class id to whether it is a thing (True) or stuff.
         threshold: queries whose best class is less probable are left out, and those whose best class is "no object".
+        void: a pixel whose logits are all below 0 is of no segment, as suits a model that knows no stuff; ids then
+            begin with 1. The original has no such pixels.
 
     Raises:
         ValueError: ``threshold`` is outside [0, 1].
     """
 
-    def __init__(self, is_thing_map: Mapping[int, bool], threshold: float = 0.85) -> None:
+    def __init__(self, is_thing_map: Mapping[int, bool], threshold: float = 0.85, *, void: bool = False) -> None:
         super().__init__()
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold must be in [0, 1], got {threshold}")
         self.is_thing_map = {int(number): bool(is_thing) for number, is_thing in is_thing_map.items()}
         self.threshold = threshold
+        self.void = void
 
     def forward(
         self,
@@ -182,13 +186,14 @@ class PostProcessPanoptic(nn.Module):
     def _assign(self, masks: Tensor, places: tuple[Places, Places], classes: list[int]) -> Segments:
         """[K, h, w] logits of K queries and their classes, to segments. It waits for the device."""
         self._check(classes)
+        void = int(self.void)
         joined = [classes.index(c) if not self.is_thing_map[c] else k for k, c in enumerate(classes)]
         while classes:
-            ids = mask_argmax(masks, *places)
+            ids = mask_argmax(F.pad(masks, (0, 0, 0, 0, void, 0)), *places)  # of no segment: a mask of 0 before them
             if joined:
-                ids = torch.tensor(joined, device=ids.device)[ids]
-            counts = torch.zeros(len(classes), dtype=torch.int64, device=ids.device)
-            areas = counts.scatter_add_(0, ids.flatten(), torch.ones_like(ids).flatten()).tolist()
+                ids = torch.tensor([0] * void + [k + void for k in joined], device=ids.device)[ids]
+            counts = torch.zeros(void + len(classes), dtype=torch.int64, device=ids.device)
+            areas = counts.scatter_add_(0, ids.flatten(), torch.ones_like(ids).flatten()).tolist()[void:]
             large = [k for k, area in enumerate(areas) if area > TINY]
             if len(large) == len(classes):
                 return Segments(ids, self._infos(classes, areas))
@@ -199,7 +204,7 @@ class PostProcessPanoptic(nn.Module):
 
     def _infos(self, classes: list[int], areas: list[int]) -> list[dict[str, Any]]:
         return [
-            {"id": k, "isthing": self.is_thing_map[c], "category_id": c, "area": area}
+            {"id": k + self.void, "isthing": self.is_thing_map[c], "category_id": c, "area": area}
             for k, (c, area) in enumerate(zip(classes, areas, strict=True))
         ]
 

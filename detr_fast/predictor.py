@@ -25,6 +25,7 @@ from detr_fast.optimize import optimize, optimizes
 from detr_fast.panoptic_prediction import PanopticPrediction
 from detr_fast.postprocess import PostProcess
 from detr_fast.postprocess_masks import PostProcessPanoptic
+from detr_fast.sharp_masks import with_sharp_masks
 
 Picture: TypeAlias = "Image.Image | np.ndarray[Any, Any] | Tensor | str | os.PathLike[str]"
 
@@ -99,6 +100,7 @@ class Predictor:
         is_thing_map: category id to whether it is a thing (True) or stuff, which ``panoptic`` needs to know.
         optimized: run an optimised copy of a model that contains a ResNet (see ``optimize``); what is done to the model
             later does not change the copy. Otherwise the model itself.
+        sharp_masks: sharpen the outlines of segments by the image's colours (see ``detr_fast.sharp_masks``).
 
     Raises:
         ValueError: ``threshold`` is outside [0, 1], or a size is not positive.
@@ -116,6 +118,7 @@ class Predictor:
         device: torch.device | str | None = None,
         is_thing_map: Mapping[int, bool] | None = None,
         optimized: bool = True,
+        sharp_masks: bool = False,
     ) -> None:
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold must be in [0, 1], got {threshold}")
@@ -126,6 +129,7 @@ class Predictor:
         self.model = optimize(model) if optimized and optimizes(model) else model
         self.categories = {int(number): name for number, name in (categories or {}).items()}
         self.is_thing_map = {int(number): bool(thing) for number, thing in (is_thing_map or {}).items()}
+        self.sharp_masks = sharp_masks
         self.threshold = threshold
         self.batch_size = batch_size
         self._transform = eval_transforms(size, max_size)
@@ -179,6 +183,8 @@ class Predictor:
     def panoptic(self, images: Picture | Sequence[Picture], *, threshold: float = 0.85) -> list[PanopticPrediction]:
         """Divide one or several images into things and stuff.
 
+        Where the model knows no stuff, what is in no thing's mask is of no segment.
+
         Args:
             images: as for a call.
             threshold: queries whose best class is less probable are left out.
@@ -191,7 +197,7 @@ class Predictor:
             ValueError: it is not known which classes are things, ``threshold`` is outside [0, 1], or as for a call.
             ImageError: a file is no image or damaged.
         """
-        postprocess = PostProcessPanoptic(self.things(), threshold)
+        postprocess = PostProcessPanoptic(self.things(), threshold, void=all(self.is_thing_map.values()))
         listed = _listed(images)
         found: list[PanopticPrediction] = []
         with _evaluating(self.model), torch.inference_mode():
@@ -199,7 +205,10 @@ class Predictor:
                 pictures = [to_picture(image) for image in listed[start : start + self.batch_size]]
                 batch, processed = self._batch(pictures)
                 frame = (batch.images.shape[-2], batch.images.shape[-1])
-                segments = postprocess.segment(detect(self.model, batch), processed, _sizes(pictures), frame=frame)
+                outputs = detect(self.model, batch)
+                if self.sharp_masks:
+                    outputs = with_sharp_masks(outputs, batch.images)
+                segments = postprocess.segment(outputs, processed, _sizes(pictures), frame=frame)
                 found += [PanopticPrediction.of(image, self.categories) for image in segments]
         return found
 

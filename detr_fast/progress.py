@@ -74,3 +74,29 @@ class TrainProgress:
     def note(self, text: str) -> None:
         """Print one line."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class DemoDisplay:
+    """A bar on a terminal, filled by time; and lines."""
+
+    def __init__(self, seconds: float, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False)
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.fields[status]}"))
+        self.bar = Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True)
+        self.bar.disable = not self.console.is_terminal
+        self.task = self.bar.add_task("training", total=seconds, status="")
+
+    def __enter__(self) -> DemoDisplay:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def move(self, seconds: float, status: str) -> None:
+        """Set the bar to the time since the start."""
+        self.bar.update(self.task, completed=seconds, status=status)
+
+    def note(self, text: str) -> None:
+        """Print lines."""
+        self.console.print(text, markup=False, soft_wrap=True)

@@ -180,6 +180,32 @@ def test_demo_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.usefixtures("quick")
+def test_demo_with_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = run_demo(5, tmp_path, max_steps=2, val_images=6, device="cpu", masks=True)
+    assert result.mask_stats is not None and result.mask_stats.keys() == result.stats.keys()
+    (line,) = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert line["coco_segm"] == result.mask_stats and line["train_loss_mask"] > 0 and line["train_loss_dice"] > 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "of masks: AP" in printed and "--panoptic" in printed and "--masks" in printed
+    assert len(list((tmp_path / "predictions" / "panoptic").glob("*.png"))) == 6
+    checkpoint, val = tmp_path / "checkpoint.pth", tmp_path / "val"
+    for sharp in (False, True):
+        measured = evaluate_checkpoint(
+            *(checkpoint, val / "images", val / "instances_val.json"),
+            num_workers=0,
+            size=demo.SIZE,
+            max_size=demo.SIZE,
+            masks=True,
+            sharp_masks=sharp,
+        )
+        assert sharp or measured.stats == pytest.approx(result.mask_stats, abs=1e-4)
+    predictor = Predictor.from_checkpoint(checkpoint)
+    assert predictor.is_thing_map == dict.fromkeys(CATEGORIES, True)
+    (found,) = predictor.panoptic(val / "images" / "000000.png", threshold=0.0)
+    assert found.ids.shape == (demo.SIZE, demo.SIZE)
+
+
+@pytest.mark.usefixtures("quick")
 def test_the_demo_s_checkpoint_works_with_the_other_commands(tmp_path: Path) -> None:
     result = run_demo(5, tmp_path, max_steps=2, val_images=6, device="cpu")
     checkpoint, val = tmp_path / "checkpoint.pth", tmp_path / "val"

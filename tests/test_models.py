@@ -206,7 +206,7 @@ def test_a_joiner_of_the_original_is_taken_as_it_is() -> None:
     ("options", "message"),
     [
         ({"name": "resnet51"}, "backbone must be one of resnet18"),
-        ({"name": "tiny", "dilation": True}, "'tiny' has one feature map and no dilation"),
+        ({"name": "tiny", "dilation": True}, "'tiny' has no dilation"),
         ({"name": "resnet18", "position_embedding": "v4"}, "position_embedding must be 'sine' or 'learned', got 'v4'"),
     ],
 )

@@ -110,6 +110,18 @@ def test_the_padded_part_of_a_batch_is_cut_off_where_its_frame_is_given() -> Non
     assert [info["area"] for info in stretched.segments_info] == [32 * 8, 32 * 8]
 
 
+def test_pixels_of_no_segment_where_a_model_knows_no_stuff() -> None:
+    outputs = {"pred_logits": torch.zeros(1, 3, 6), "pred_masks": torch.full((1, 3, 8, 8), -2.0)}
+    outputs["pred_logits"][:, :, 0] = 20
+    outputs["pred_masks"][0, 0, :4] = 5
+    outputs["pred_masks"][0, 2, 4:, 4:] = 5
+    (found,) = PostProcessPanoptic(THINGS, void=True).segment(outputs, [(8, 8)])
+    assert [(info["id"], info["area"]) for info in found.segments_info] == [(1, 32), (2, 16)]
+    assert found.ids[:4].eq(1).all() and found.ids[4:, 4:].eq(2).all() and found.ids[4:, :4].eq(0).all()
+    (covered,) = PostProcessPanoptic(THINGS).segment(outputs, [(8, 8)])
+    assert [info["area"] for info in covered.segments_info] == [48, 16]
+
+
 def test_nothing_found_and_a_segment_of_five_pixels() -> None:
     outputs = random_masks(1)
     outputs["pred_logits"][:] = 0

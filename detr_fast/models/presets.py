@@ -32,7 +32,7 @@ def build_backbone(
         hidden_dim: the transformer's width.
         position_embedding: "sine" or "learned".
         train_backbone: False freezes all of it.
-        return_interm_layers, dilation: of ``Backbone``; "tiny" has neither.
+        return_interm_layers, dilation: of ``Backbone``; "tiny" has no dilation, and maps from half the size on.
 
     Raises:
         ValueError: a name is unknown, or ``name`` has no such option.
@@ -46,9 +46,10 @@ def build_backbone(
         raise ValueError(f"position_embedding must be 'sine' or 'learned', got {position_embedding!r}")
     if name != "tiny":
         return Joiner(Backbone(name, train_backbone, return_interm_layers, dilation), position)
-    if return_interm_layers or dilation:
-        raise ValueError("the backbone 'tiny' has one feature map and no dilation")
-    return Joiner(FeatureBackbone(TinyConvNet().requires_grad_(train_backbone)), position)
+    if dilation:
+        raise ValueError("the backbone 'tiny' has no dilation")
+    body = TinyConvNet().requires_grad_(train_backbone)
+    return Joiner(FeatureBackbone(body, return_interm_layers=return_interm_layers), position)
 
 
 def detr_resnet50(num_classes: int = 91, pretrained: PathLike | None = None, *, aux_loss: bool = False) -> Detr:
