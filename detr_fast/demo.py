@@ -11,7 +11,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from detr_fast.build import criterion_from_args, model_from_args
@@ -34,10 +35,11 @@ from detr_fast.evaluate import CocoEvaluator, evaluate
 from detr_fast.fit import EpochReport, FitHooks, Interrupted, StepReport, fit
 from detr_fast.interrupt import StopSignals
 from detr_fast.models.segmentation import DetrSegm
+from detr_fast.panoptic_prediction import PanopticPrediction
 from detr_fast.plots import plot_log
 from detr_fast.postprocess import PostProcess
 from detr_fast.predict import predict_files
-from detr_fast.predictor import Predictor
+from detr_fast.predictor import Prediction, Predictor
 from detr_fast.progress import DemoDisplay
 from detr_fast.train import CHECKPOINT, LOG, append_line, choose_device
 from detr_fast.train_state import TrainState
@@ -218,22 +220,15 @@ class _Demo:
     def draw(self) -> None:
         """Write the curves and the pictures, and say where they are."""
         images = sorted(self.val_files[0].iterdir())[:DRAWN_IMAGES]
-        predictor = Predictor(
-            self.state.model,
-            CATEGORIES,
-            size=SIZE,
-            max_size=SIZE,
-            batch_size=BATCH_SIZE,
-            device=self.device,
-            is_thing_map=THINGS,
-        )
+        settings: dict[str, Any] = {"size": SIZE, "max_size": SIZE, "batch_size": BATCH_SIZE, "is_thing_map": THINGS}
+        predictor = Predictor(self.state.model, CATEGORIES, device=self.device, **settings)
         threshold = predictor.threshold if self.masks else None
         folder, annotations = self.folder / "predictions", self.val_files[1]
         predict_files(images, predictor, folder, annotations=annotations, panoptic=threshold)
-        found = predictor(images) if threshold is None else predictor.panoptic(images, threshold=threshold)
-        drawn = [
-            prediction.draw(load_image(path), min_size=TILE_PX) for path, prediction in zip(images, found, strict=True)
-        ]
+        if threshold is None:
+            drawn = _drawn(images, predictor(images))
+        else:
+            drawn = _drawn(images, predictor.panoptic(images, threshold=threshold))
         contact_sheet(drawn, SHEET_COLUMNS).save(self.folder / "predictions.png")
         if self.history:
             plot_log(self.folder)
@@ -393,3 +388,7 @@ def _train_loader(updates: int, epochs: int, seed: int, masks: bool) -> DataLoad
 def _ignore_interrupts(worker_id: int) -> None:
     # Ctrl-C goes to every process of the terminal; the main one decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _drawn(images: list[Path], found: Sequence[Prediction | PanopticPrediction]) -> list[Image.Image]:
+    return [x.draw(load_image(path), min_size=TILE_PX) for path, x in zip(images, found, strict=True)]

@@ -58,7 +58,7 @@ def test_every_option_and_command_of_the_readme_exists():
 
     text = " ".join(blocks(README, "bash")).replace("\\\n", " ")
     used = [line.split() for line in text.splitlines() if line.strip().startswith("detr-fast ")]
-    assert {words[1] for words in used} == {"check-data", "train", "plot", "eval", "predict"}
+    assert {words[1] for words in used} == {"check-data", "train", "plot", "eval", "predict", "export"}
     for words in used:
         help_text = CliRunner().invoke(app, [words[1], "--help"], env={"COLUMNS": "200"}).output
         for option in (word for word in words if word.startswith("--")):
