@@ -135,7 +135,7 @@ class PackedResNet(nn.Module):
 
     def _run(self, images: Tensor, workspace: Workspace | None) -> list[Tensor]:
         x = images.to(self.dtype)
-        x = conv_max_pool(x, self.stem, out=_room(workspace, "maps1", x, self.stem, pooled=True))
+        x = conv_max_pool(x, self.stem, out=_room(workspace, "pooled", x, self.stem, pooled=True))
         maps = []
         for number, stage in enumerate(self.stages):
             for block in stage:
