@@ -8,6 +8,7 @@
 
 #include "cpu/conv.h"
 #include "cpu/conv_max_pool.h"
+#include "cpu/winograd.h"
 
 namespace py = pybind11;
 
@@ -51,6 +52,25 @@ void conv_max_pool_cpu(const Sizes& sizes, uintptr_t x, const std::array<int64_t
                                 at<const float>(bias), at<float>(out), threads);
 }
 
+int64_t winograd_packed_floats(const Sizes& sizes) {
+    const auto shape = shape_of(sizes);
+    return detr_fast_winograd_packed_floats(&shape);
+}
+
+void winograd_pack(const Sizes& sizes, uintptr_t weight, uintptr_t packed, int threads) {
+    const py::gil_scoped_release release;
+    const auto shape = shape_of(sizes);
+    detr_fast_winograd_pack(&shape, at<const float>(weight), at<float>(packed), threads);
+}
+
+void winograd_cpu(const Sizes& sizes, uintptr_t x, uintptr_t packed, uintptr_t bias, uintptr_t residual, bool relu,
+                  uintptr_t out, int threads) {
+    const py::gil_scoped_release release;
+    const auto shape = shape_of(sizes);
+    detr_fast_winograd_cpu(&shape, at<const float>(x), at<const float>(packed), at<const float>(bias),
+                           at<const float>(residual), relu, at<float>(out), threads);
+}
+
 }  // namespace
 
 void bind_conv(py::module_& m) {
@@ -58,4 +78,7 @@ void bind_conv(py::module_& m) {
     m.def("conv_pack", &conv_pack);
     m.def("conv_cpu", &conv_cpu);
     m.def("conv_max_pool_cpu", &conv_max_pool_cpu);
+    m.def("winograd_packed_floats", &winograd_packed_floats);
+    m.def("winograd_pack", &winograd_pack);
+    m.def("winograd_cpu", &winograd_cpu);
 }

@@ -52,14 +52,18 @@ struct Tile {
     static_assert(panel_columns % columns == 0);
 };
 
-// left[run * Tile<Bytes>::rows + r] is the address of `depth` numbers of row r; the runs follow one another in the
-// depth of the panel, of which `panel` is the tile's first column. The sums begin with start(r, v) and go to finish(r,
-// v, sum); r and v are constants.
-template <int Bytes, typename Start, typename Finish>
+struct Nothing {
+    DETR_FAST_INLINE void operator()() const {}
+};
+
+// left[run * rows + r] is the address of `depth` numbers of row r; the runs follow one another in the depth of the
+// panel, of which `panel` is the tile's first column. The sums begin with start(r, v) and go to finish(r, v, sum); r
+// and v are constants. meanwhile() is called at every step in depth: it may fetch what later tiles read.
+template <int Bytes, int rows = Tile<Bytes>::rows, typename Start, typename Finish, typename Meanwhile = Nothing>
 DETR_FAST_INLINE void multiply_tile(const float* const* left, int64_t runs, int64_t depth, const float* panel,
-                                    const Start& start, const Finish& finish) {
+                                    const Start& start, const Finish& finish, const Meanwhile& meanwhile = {}) {
     using Floats = typename Tile<Bytes>::Floats;
-    constexpr int rows = Tile<Bytes>::rows, vectors = Tile<Bytes>::vectors, width = Registers<Bytes>::width;
+    constexpr int vectors = Tile<Bytes>::vectors, width = Registers<Bytes>::width;
     Floats sum[rows][vectors];
     const auto each_sum = [&](const auto& visit) DETR_FAST_LAMBDA {
         unrolled<rows>([&](auto r) DETR_FAST_LAMBDA {
@@ -71,6 +75,7 @@ DETR_FAST_INLINE void multiply_tile(const float* const* left, int64_t runs, int6
         const float* row[rows];
         unrolled<rows>([&](auto r) DETR_FAST_LAMBDA { row[r] = left[r]; });
         const auto add = [&](int64_t k, const float* right) DETR_FAST_LAMBDA {
+            meanwhile();
             Floats factor[vectors];
             unrolled<vectors>([&](auto v) DETR_FAST_LAMBDA { factor[v] = load_as<Floats>(right + v * width); });
             unrolled<rows>([&](auto r) DETR_FAST_LAMBDA {

@@ -26,10 +26,11 @@ PROGRAMS = {
     "mask_loss_test": ["csrc/cpu/mask_loss.cpp", "csrc/cpu/thread_pool.cpp", "csrc/cpu/widths.cpp"],
     "add_layer_norm_test": ["csrc/cpu/add_layer_norm.cpp", "csrc/cpu/thread_pool.cpp"],
     "relu_dropout_test": ["csrc/cpu/relu_dropout.cpp", "csrc/cpu/thread_pool.cpp"],
+    "winograd_test": ["csrc/cpu/winograd.cpp", "csrc/cpu/thread_pool.cpp", "csrc/cpu/widths.cpp"],
 }
-# Unrolled for three widths of vectors and looked at everywhere, attention takes GCC two minutes.
+# Unrolled for three widths of vectors and looked at everywhere, attention takes GCC two minutes, winograd one.
 UNLIKELY = "-fno-sanitize=null,alignment,object-size,pointer-overflow"
-SPARED = {"attention_test": ["-DDETR_FAST_ONE_TARGET", UNLIKELY]}
+SPARED = {name: ["-DDETR_FAST_ONE_TARGET", UNLIKELY] for name in ("attention_test", "winograd_test")}
 SANITIZERS = {
     "address and undefined": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-O1", "-g", "-fsanitize=thread"],

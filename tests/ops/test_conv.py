@@ -207,7 +207,7 @@ def test_bad_input_is_refused() -> None:
         conv(x.double(), packed)
     with pytest.raises(ValueError, match=r"x must be at least as large as the kernel .* got \[2, 17, 2, 6\]"):
         conv(x[:, :, :2], PackedConv.of(packed.weight))
-    with pytest.raises(ValueError, match="algorithm must be None or one of gemm"):
+    with pytest.raises(ValueError, match="algorithm must be None or one of gemm, winograd"):
         conv(x, packed, algorithm="fft")
     with pytest.raises(ValueError, match="backend of conv must be None or one of"):
         conv(x, packed, backend="cudnn")

@@ -1,4 +1,4 @@
-"""Convolution by csrc/cpu/conv.cpp."""
+"""Convolution by csrc/cpu/conv.cpp ("gemm") and csrc/cpu/winograd.cpp ("winograd")."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from detr_fast.ops import _native
 from detr_fast.ops.conv.types import ConvInputs, PackedConv
 
-ALGORITHMS = ("gemm",)
+ALGORITHMS = ("gemm", "winograd")
 
 
 def why_not(x: Tensor) -> str | None:
@@ -30,10 +30,14 @@ def conv_native(inputs: ConvInputs) -> Tensor:
     residual = inputs.residual
     if residual is not None:
         residual = residual.detach().contiguous(memory_format=torch.channels_last)
-    _native.module().conv_cpu(
+    if (inputs.algorithm or fastest(packed)) == "winograd":
+        weight, run = packed.form("winograd", _pack_for_winograd), _native.module().winograd_cpu
+    else:
+        weight, run = packed_for_gemm(packed), _native.module().conv_cpu
+    run(
         sizes,
         x.data_ptr(),
-        packed_for_gemm(packed).data_ptr(),
+        weight.data_ptr(),
         0 if packed.bias is None else packed.bias.data_ptr(),
         0 if residual is None else residual.data_ptr(),
         relu,
@@ -41,6 +45,24 @@ def conv_native(inputs: ConvInputs) -> Tensor:
         torch.get_num_threads(),
     )
     return out
+
+
+def fits_winograd(packed: PackedConv) -> bool:
+    """Whether it is a 3x3 convolution of stride 1 after which a map has the size that it had."""
+    return packed.weight.shape[2:] == (3, 3) and packed.stride == 1 and packed.padding == packed.dilation
+
+
+def fastest(packed: PackedConv) -> str:
+    """The algorithm for a layer."""
+    enough_channels = min(packed.weight.shape[:2]) >= 32
+    return "winograd" if fits_winograd(packed) and enough_channels else "gemm"
+
+
+def _pack_for_winograd(packed: PackedConv) -> Tensor:
+    sizes = sizes_of(packed, (1, packed.weight.shape[1], 0, 0))
+    form = torch.empty(_native.module().winograd_packed_floats(sizes))
+    _native.module().winograd_pack(sizes, packed.weight.data_ptr(), form.data_ptr(), torch.get_num_threads())
+    return form
 
 
 def packed_for_gemm(packed: PackedConv) -> Tensor:

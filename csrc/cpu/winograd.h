@@ -1,0 +1,28 @@
+// 3x3 convolutions of stride 1 with a quarter of the multiplications: Winograd's F(4x4, 3x3), for maps that keep their
+// size (padding = dilation).
+//
+// Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2016, with other points of interpolation: see
+// winograd_lines.h for them and for what they do to the error.
+
+#pragma once
+
+#include "conv.h"
+
+#if defined(__cplusplus)
+extern "C" {
+#endif
+
+// Floats that the packed weight takes: four times those of the weight.
+int64_t detr_fast_winograd_packed_floats(const struct detr_fast_conv* shape);
+
+// Transforms the weight in float64 and rounds it once.
+void detr_fast_winograd_pack(const struct detr_fast_conv* shape, const float* weight, float* packed, int threads);
+
+// As detr_fast_conv_cpu. The bits of the result do not depend on the number of threads. A number that is not finite
+// spoils every output of the 4x4 that it is an input of.
+void detr_fast_winograd_cpu(const struct detr_fast_conv* shape, const float* x, const float* packed, const float* bias,
+                            const float* residual, bool relu, float* out, int threads);
+
+#if defined(__cplusplus)
+}
+#endif
