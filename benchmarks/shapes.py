@@ -144,3 +144,18 @@ LATENCY_SHAPES = (InferenceShape(), InferenceShape(SMALL_IMAGE), InferenceShape(
 THROUGHPUT_SHAPES = (InferenceShape(SMALL_IMAGE, batch=4),)
 OTHER_MODELS = (InferenceShape(SMALL_IMAGE, dilation=True), InferenceShape(SMALL_IMAGE, backbone="resnet101"))
 INFERENCE_SHAPES = (*LATENCY_SHAPES, *THROUGHPUT_SHAPES, *OTHER_MODELS)
+
+
+@dataclass(frozen=True)
+class PhotographShape:
+    """JPEG files of one (width, height), and the sides that they are scaled to."""
+
+    name: str
+    size: tuple[int, int]
+    batch: int = 2
+    shortest: int = 800
+    longest: int = 1333
+
+
+# The commonest size of COCO's, and a telephone's.
+PHOTOGRAPHS = (PhotographShape("coco-2", (640, 480)), PhotographShape("12-megapixels-2", (4000, 3000)))
