@@ -159,3 +159,52 @@ class PhotographShape:
 
 # The commonest size of COCO's, and a telephone's.
 PHOTOGRAPHS = (PhotographShape("coco-2", (640, 480)), PhotographShape("12-megapixels-2", (4000, 3000)))
+
+
+@dataclass(frozen=True)
+class ConvShape:
+    """A layer of a convolutional network for one image; ``size`` is its input's."""
+
+    name: str
+    channels: int
+    size: tuple[int, int]
+    out_channels: int
+    kernel: int = 1
+    stride: int = 1
+    residual: bool = False
+    dilation: int = 1
+
+    @property
+    def padding(self) -> int:
+        """Such that stride 1 keeps the size."""
+        return self.kernel // 2 * self.dilation
+
+    @property
+    def gflop(self) -> float:
+        """Of direct convolution, 10^9 multiplications and additions."""
+        rows, columns = (-(-side // self.stride) for side in self.size)
+        return 2e-9 * rows * columns * self.out_channels * self.channels * self.kernel**2
+
+    @property
+    def takes_winograd(self) -> bool:
+        """Whether Winograd's algorithm can compute it."""
+        return self.kernel == 3 and self.stride == 1 and self.dilation == 1
+
+
+# ResNet-50's maps of an image of COMMON_SIZE at strides 4 to 32.
+_AT_4, _AT_8, _AT_16, _AT_32 = (tuple(-(-side // stride) for side in COMMON_SIZE) for stride in (4, 8, 16, 32))
+RESNET50_STEM = ConvShape("stem", 3, COMMON_SIZE, 64, 7, 2)
+RESNET50_LAYERS = tuple(
+    layer
+    for number, (larger, size, width) in enumerate(
+        ((_AT_4, _AT_4, 64), (_AT_4, _AT_8, 128), (_AT_8, _AT_16, 256), (_AT_16, _AT_32, 512)), 1
+    )
+    for layer in (
+        ConvShape(f"layer{number} first 1x1", width * (2 if number > 1 else 1), larger, width),
+        *([ConvShape(f"layer{number} 3x3 stride 2", width, larger, width, 3, 2)] if number > 1 else []),
+        ConvShape(f"layer{number} shortcut", width * (2 if number > 1 else 1), larger, 4 * width, 1, 2 - (number == 1)),
+        ConvShape(f"layer{number} 1x1 down", 4 * width, size, width),
+        ConvShape(f"layer{number} 3x3", width, size, width, 3),
+        ConvShape(f"layer{number} 1x1 up", width, size, 4 * width, residual=True),
+    )
+) + (ConvShape("dilated layer4 3x3", 512, _AT_16, 512, 3, dilation=2),)

@@ -16,6 +16,12 @@ PROGRAMS = {
         "csrc/cpu/thread_pool.cpp",
         "csrc/cpu/widths.cpp",
     ],
+    "conv_test": [
+        "csrc/cpu/conv.cpp",
+        "csrc/cpu/conv_max_pool.cpp",
+        "csrc/cpu/thread_pool.cpp",
+        "csrc/cpu/widths.cpp",
+    ],
     "lsap_test": [
         "tests/cpp/auction_test.cpp",
         "csrc/cpu/assignment.cpp",
@@ -28,9 +34,9 @@ PROGRAMS = {
     "relu_dropout_test": ["csrc/cpu/relu_dropout.cpp", "csrc/cpu/thread_pool.cpp"],
     "winograd_test": ["csrc/cpu/winograd.cpp", "csrc/cpu/thread_pool.cpp", "csrc/cpu/widths.cpp"],
 }
-# Unrolled for three widths of vectors and looked at everywhere, attention takes GCC two minutes, winograd one.
+# Unrolled for three widths of vectors and looked at everywhere, attention takes GCC two minutes, the others one.
 UNLIKELY = "-fno-sanitize=null,alignment,object-size,pointer-overflow"
-SPARED = {name: ["-DDETR_FAST_ONE_TARGET", UNLIKELY] for name in ("attention_test", "winograd_test")}
+SPARED = dict.fromkeys(["attention_test", "conv_test", "winograd_test"], ["-DDETR_FAST_ONE_TARGET", UNLIKELY])
 SANITIZERS = {
     "address and undefined": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-O1", "-g", "-fsanitize=thread"],
