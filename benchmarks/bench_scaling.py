@@ -13,9 +13,9 @@ from functools import partial
 
 import pytest
 
-from benchmarks import bench_assignment, bench_attention, bench_loss, bench_matching, costs
+from benchmarks import bench_assignment, bench_attention, bench_loss, bench_matching, bench_train_step, costs
 from benchmarks.harness import Contest
-from benchmarks.shapes import MapShape, Shape
+from benchmarks.shapes import COCO_TARGETS, MapShape, Shape, TrainShape
 
 Race = Callable[[str, str, Callable[[], Contest]], None]
 Build = Callable[[int], Contest]
@@ -46,6 +46,12 @@ def criterion(batch: int) -> Contest:
     return only(CRITERIA, bench_loss.contest(Shape("", (TARGETS,) * batch)))
 
 
+def train_step(size: int) -> Contest:
+    """Two square images."""
+    shape = TrainShape("", (size, size), COCO_TARGETS[2:4])
+    return replace(bench_train_step.contest(shape), parts=None)
+
+
 def only(names: Sequence[str], contest: Contest) -> Contest:
     """A contest without the other contestants."""
     skipped = {name: reason for name, reason in contest.skipped.items() if name in names}
@@ -63,6 +69,7 @@ CURVES: Mapping[str, tuple[tuple[str, ...], Build, tuple[int, ...]]] = {
     "assignment over problems": (SOLVERS, lambda n: assignment(problems=n), (6, 24, 96, 384)),
     "attention over tokens": (ATTENTIONS, attention, (144, 324, 784, 1600, 2304)),
     "criterion over batch": (CRITERIA, criterion, (1, 2, 4, 8, 16, 32)),
+    "train step over image size": (bench_train_step.CONTESTANTS, train_step, (128, 192, 256, 384)),
 }
 POINTS = [
     pytest.param(curve, value, contestant, id=f"{curve} {value}-{contestant}".replace(" ", "-"))

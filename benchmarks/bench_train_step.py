@@ -37,6 +37,7 @@ OPTIMIZERS = {"original": {"foreach": False}, "foreach": {"foreach": True}, "det
 CHECKED = TrainShape("checked", (96, 128), (3, 1))
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("contestant", CONTESTANTS)
 def test_train_step(race: Race, contestant: str) -> None:
     race(f"train step {TRAIN_STEP.name}", contestant, lambda: contest(TRAIN_STEP))

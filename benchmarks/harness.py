@@ -27,6 +27,8 @@ Check = Callable[[Any], None]
 # enough where a call takes so many seconds that nothing is cold in the rest of it.
 WARMUP_ROUNDS = 3
 LONG_ROUND = 1.0
+# Of contests with a turn as long as that: what varies from turn to turn is little beside it.
+LONG_ROUNDS = 3
 MOST_ROUNDS = 200
 # Seconds. Calls shorter than this are repeated within a turn: one alone measures how fast a processor at rest wakes up.
 SHORTEST_TURN = 1e-3
@@ -118,7 +120,7 @@ def compare(contest: Contest, *, seconds_each: float = 1.0, min_rounds: int = 5)
     Args:
         contest: who takes part.
         seconds_each: about how long the turns of each contestant take altogether, which are MOST_ROUNDS at most.
-        min_rounds: how often each runs at least; the order is drawn anew each round.
+        min_rounds: how often each runs at least, LONG_ROUNDS where that takes long; the order is drawn anew each round.
 
     Raises:
         WrongResult: a contestant's result did not pass the check; nothing was timed.
@@ -128,7 +130,8 @@ def compare(contest: Contest, *, seconds_each: float = 1.0, min_rounds: int = 5)
     warmup = warm_up(contest)
     turns = {name: Turn.of(median(seconds)) for name, seconds in warmup.items()}
     longest = REST + max(turns[name].calls * median(seconds) for name, seconds in warmup.items())
-    rounds = max(min_rounds, min(MOST_ROUNDS, math.ceil(seconds_each / longest)))
+    least = min(min_rounds, LONG_ROUNDS) if longest > LONG_ROUND else min_rounds
+    rounds = max(least, min(MOST_ROUNDS, math.ceil(seconds_each / longest)))
     seconds = take_turns(contest, rounds, turns)
     baseline = seconds[contest.contestants[0].name]
     timings = [summarise(c.name, seconds[c.name], baseline, peak_memory(c.run, contest.device)) for c in contest.timed]
@@ -145,7 +148,7 @@ def compare(contest: Contest, *, seconds_each: float = 1.0, min_rounds: int = 5)
 
 def warm_up(contest: Contest) -> dict[str, list[float]]:
     """The durations of the first rounds."""
-    first = take_turns(contest, 1)
+    first = take_turns(contest, 1, {c.name: Turn(untimed=0) for c in contest.timed})
     if sum(sum(seconds) for seconds in first.values()) > LONG_ROUND:
         return first
     return take_turns(contest, WARMUP_ROUNDS - 1)
