@@ -30,6 +30,7 @@ PROGRAMS = {
         "csrc/cpu/widths.cpp",
     ],
     "mask_loss_test": ["csrc/cpu/mask_loss.cpp", "csrc/cpu/thread_pool.cpp", "csrc/cpu/widths.cpp"],
+    "mask_places_test": ["csrc/cpu/mask_argmax.cpp", "csrc/cpu/mask_threshold.cpp", "csrc/cpu/thread_pool.cpp"],
     "add_layer_norm_test": ["csrc/cpu/add_layer_norm.cpp", "csrc/cpu/thread_pool.cpp"],
     "relu_dropout_test": ["csrc/cpu/relu_dropout.cpp", "csrc/cpu/thread_pool.cpp"],
     "winograd_test": ["csrc/cpu/winograd.cpp", "csrc/cpu/thread_pool.cpp", "csrc/cpu/widths.cpp"],
