@@ -108,7 +108,7 @@ def onnxruntime(model: Detr, images: Tensor) -> Run:
     options.intra_op_num_threads = torch.get_num_threads()
     # Its threads would wait for work at full speed while the next contestant runs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = InferenceSession(_onnx(model, images), options)
+    session = InferenceSession(onnx_graph(model, images), options)
 
     def run(images: Tensor) -> tuple[Tensor, Tensor]:
         logits, boxes = session.run(None, {"images": images.numpy()})
@@ -127,7 +127,7 @@ def openvino(model: Detr, images: Tensor) -> Run:
         "INFERENCE_PRECISION_HINT": "f32",
     }
     core = Core()
-    graph = core.read_model(_onnx(model, images))
+    graph = core.read_model(onnx_graph(model, images))
     request = core.compile_model(graph, "CPU", settings).create_infer_request()
 
     def run(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,7 +138,7 @@ def openvino(model: Detr, images: Tensor) -> Run:
     return run
 
 
-def _onnx(model: Detr, images: Tensor) -> bytes:
+def onnx_graph(model: Detr, images: Tensor) -> bytes:
     """Of plain attention and of batch norms that both runtimes fold by themselves."""
     plain = LastLayer(model, need_weights=False)
     with tempfile.TemporaryDirectory() as folder:
