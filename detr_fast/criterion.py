@@ -15,6 +15,8 @@ from detr_fast.mask_losses import mask_losses
 from detr_fast.matcher import HungarianMatcher
 from detr_fast.ops import CrossEntropy, PackedTargets
 from detr_fast.ops.boxes import cxcywh_to_xyxy, elementwise_giou
+from detr_fast.ops.matching_cost.types import check_matching_inputs
+from detr_fast.ops.set_criterion.api import stacked_results
 from detr_fast.ops.set_loss.api import stacked_losses
 from detr_fast.targets import check_and_pack, pack
 
@@ -79,7 +81,7 @@ class SetCriterion(nn.Module):
         self.validate = validate
         self._weights: tuple[tuple[Any, ...], Tensor] | None = None  # those of ``total``, and what they were made for
         unknown = set(losses) - set(self._loss_functions())
-        if unknown and self._is_original("get_loss"):
+        if unknown and _keeps(self, SetCriterion, "get_loss"):
             raise ValueError(f"losses must be among {sorted(self._loss_functions())}, got {sorted(unknown)}")
         empty_weight = torch.ones(num_classes + 1)
         empty_weight[-1] = eos_coef
@@ -111,7 +113,7 @@ class SetCriterion(nn.Module):
         layers = [outputs, *outputs.get("aux_outputs", ())]
         # A matcher that matches in its own way is asked layer by layer, as in the original.
         losses = Losses()
-        if _is_hungarian(self.matcher):
+        if _keeps(self.matcher, HungarianMatcher, "forward", "match_layers"):
             final, *earlier = self._losses_at_once(layers, targets, packed, num_boxes, losses)
         else:
             final, *earlier = self._losses_by_layer(layers, targets, num_boxes)
@@ -232,21 +234,24 @@ class SetCriterion(nn.Module):
         num_boxes: Tensor,
         losses_of_all: Losses,
     ) -> list[dict[str, Tensor]]:
-        names = [name for name in self.losses if name in NAMES and self._is_original(f"loss_{name}", "get_loss")]
+        names = [
+            name for name in self.losses if name in NAMES and _keeps(self, SetCriterion, f"loss_{name}", "get_loss")
+        ]
         losses: dict[int, dict[str, Tensor]] = {}
         for group in _alike(layers):
             logits, boxes = ([layers[number][key] for number in group] for key in ("pred_logits", "pred_boxes"))
-            queries = cast(HungarianMatcher, self.matcher).match_packed(logits, boxes, packed)  # [layers here, N]
-            arguments = (logits, boxes, packed, queries, num_boxes, losses_of_all)
-            values = self._values_at_once(*arguments) if names else {}
+            if names:
+                queries, values = self._values_at_once(logits, boxes, packed, num_boxes, losses_of_all)
+            else:
+                queries, values = cast(HungarianMatcher, self.matcher).match_packed(logits, boxes, packed), {}
             for place, number in enumerate(group):
-                known = {name: {row: values[row][place] for row in NAMES[name]} for name in names}
-                if number > 0 and "labels" in known:
-                    del known["labels"]["class_error"]
+                found = {name: {row: values[row][place] for row in NAMES[name]} for name in names}
+                if number > 0 and "labels" in found:
+                    del found["labels"]["class_error"]
                 # Of layers whose losses are all known nobody looks at the pairs.
                 lacking = len(names) < len(self.losses)
                 indices = _pairs(queries[place], packed.num_targets, logits[0].shape[1]) if lacking else ()
-                losses[number] = self._layer_losses(number, layers[number], targets, indices, num_boxes, known)
+                losses[number] = self._layer_losses(number, layers[number], targets, indices, num_boxes, found)
         return [losses[number] for number in range(len(layers))]
 
     def _values_at_once(
@@ -254,20 +259,28 @@ class SetCriterion(nn.Module):
         logits: list[Tensor],
         boxes: list[Tensor],
         packed: PackedTargets,
-        queries: Tensor,
         num_boxes: Tensor,
         losses_of_all: Losses,
-    ) -> dict[str, tuple[Tensor, ...]]:
-        """The numbers of each layer by their names."""
+    ) -> tuple[Tensor, dict[str, tuple[Tensor, ...]]]:
+        """Every target's query [layers, N], and the numbers of each layer by their names."""
         weight, layers = self.empty_weight, len(logits)
         if len(weight) != logits[0].shape[2] or weight.device != logits[0].device:
             expected = f"[B, Q, {len(weight)}] (num_classes + 1) on {weight.device}, where the criterion is"
             raise ValueError(f"pred_logits must be {expected}, got {list(logits[0].shape)} on {logits[0].device}")
-        losses, metrics = stacked_losses(logits, boxes, packed, queries, CrossEntropy(weight=weight), num_boxes)
+        matcher, class_loss = cast(HungarianMatcher, self.matcher), CrossEntropy(weight=weight)
+        if _keeps(matcher, HungarianMatcher, "match_packed"):
+            check_matching_inputs(logits, boxes, packed, None)
+            losses, metrics, queries, num_nonfinite = stacked_results(
+                logits, boxes, packed, matcher.cost_weights, class_loss, num_boxes
+            )
+            matcher.check_costs(num_nonfinite, logits, boxes, packed)
+        else:
+            queries = matcher.match_packed(logits, boxes, packed)
+            losses, metrics = stacked_losses(logits, boxes, packed, queries, class_loss, num_boxes)
         losses = losses.flatten()
         numbers = (*losses.unbind(), *metrics.flatten().unbind())  # one node for autograd
         losses_of_all.at_once = (losses, numbers[: 3 * layers])
-        return {row: numbers[i * layers : (i + 1) * layers] for i, row in enumerate(ROWS)}
+        return queries, {row: numbers[i * layers : (i + 1) * layers] for i, row in enumerate(ROWS)}
 
     def _layer_losses(
         self,
@@ -296,19 +309,15 @@ class SetCriterion(nn.Module):
             "masks": self.loss_masks,
         }
 
-    def _is_original(self, *methods: str) -> bool:
-        """Whether no subclass has overridden these, and nobody has replaced them in this object."""
-        return all(getattr(getattr(self, m), "__func__", None) is getattr(SetCriterion, m) for m in methods)
-
     def _num_boxes(self, logits: Tensor, packed: PackedTargets) -> Tensor:
         """Targets of the batch, averaged over processes, at least 1: the normaliser of the box losses."""
         num_boxes = torch.full((), len(packed.labels), dtype=torch.float32, device=logits.device)
         return mean_over_processes(num_boxes).clamp(min=1)
 
 
-def _is_hungarian(matcher: nn.Module) -> bool:
-    """Whether no subclass has changed how it matches."""
-    return all(getattr(type(matcher), m, 0) is getattr(HungarianMatcher, m) for m in ("forward", "match_layers"))
+def _keeps(module: nn.Module, parent: type[nn.Module], *methods: str) -> bool:
+    """Whether no subclass has overridden these methods of ``parent``, and nobody has replaced them in this object."""
+    return all(getattr(getattr(module, m, None), "__func__", None) is getattr(parent, m) for m in methods)
 
 
 def _alike(layers: Sequence[dict[str, Any]]) -> Iterable[list[int]]:

@@ -86,11 +86,21 @@ class HungarianMatcher(nn.Module):
     @torch.no_grad()
     def match_packed(self, logits: Sequence[Tensor], boxes: Sequence[Tensor], targets: PackedTargets) -> Tensor:
         """As ``match_layers``, of predictions as ``matching`` takes them, whose targets are packed and checked."""
-        weights = CostWeights(self.cost_class, self.cost_bbox, self.cost_giou)
-        queries, num_nonfinite = matching(logits, boxes, targets, weights)
+        queries, num_nonfinite = matching(logits, boxes, targets, self.cost_weights)
+        self.check_costs(num_nonfinite, logits, boxes, targets)
+        return queries
+
+    @property
+    def cost_weights(self) -> CostWeights:
+        """What ``matching`` and ``set_criterion`` are told."""
+        return CostWeights(self.cost_class, self.cost_bbox, self.cost_giou)
+
+    def check_costs(
+        self, num_nonfinite: Tensor, logits: Sequence[Tensor], boxes: Sequence[Tensor], targets: PackedTargets
+    ) -> None:
+        """With ``strict``, raise where the matching found costs that are not numbers."""
         if self.strict and bool(num_nonfinite.any()):  # waits for the device, as asked for
             _raise_for_nonfinite(logits, boxes, targets)
-        return queries
 
 
 def matched_pairs(query_of_target: Tensor) -> tuple[Tensor, Tensor]:
