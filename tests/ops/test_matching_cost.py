@@ -41,6 +41,37 @@ def test_native_is_as_exact_as_the_reference(shape: Shape, dtype: torch.dtype, w
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("gamma", [2.0, 1.5, 0.0, -0.5])
+def test_the_focal_term_of_small_and_large_logits(backend: str, gamma: float) -> None:
+    """Against the formula in float64, where neither 1 - p nor p is rounded before epsilon is added."""
+    x = torch.cat([torch.linspace(-12, 12, 961), torch.tensor([-1e4, -90.0, 90.0, 1e4])])
+    if gamma >= 0:
+        x = torch.cat([x, torch.tensor([-math.inf, math.inf])])
+    box, weights = torch.tensor([0.5, 0.5, 0.5, 0.5]), CostWeights(1, 0, 0, True, 0.3, gamma)
+    targets = PackedTargets(torch.tensor([1]), box[None], [1])
+    logits = torch.stack([torch.zeros_like(x), x, torch.ones_like(x)], -1)[None]
+    cost = matching_cost([logits], [box.expand(1, len(x), 4)], targets, weights, backend=backend).cost[0, 0]
+    p, rest = x.double().sigmoid(), (-x.double()).sigmoid()
+    exact = 0.7 * p**gamma * (rest + 1e-8).log() - 0.3 * rest**gamma * (p + 1e-8).log()
+    # The reference, and a power that no vectors compute, round 1 - p to 6e-8.
+    rounded = 6e-8 / (rest + 1e-8) if backend == "reference" or gamma < 0 else 0.0
+    usable = exact.abs() < 1e30
+    error = (cost - exact).abs() / (1 + exact.abs())
+    assert (error <= 1e-6 + rounded)[usable].all(), (error - rounded).argmax()
+    assert exact[usable].abs().max() > 5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_focal_cost_that_is_no_number_is_counted(backend: str) -> None:
+    for gamma in (2.0, 1.5, 0.0):
+        case = make_case(Shape(1, 40, 4, [3, 2]))
+        case.targets.labels[:3] = torch.tensor([1, 2, 1])
+        case.logits[0][0, 7, 1] = math.nan
+        found = matching_cost(*case, FOCAL._replace(gamma=gamma), backend=backend)
+        assert found.num_nonfinite.tolist() == [[2, 0]] and found.cost.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("focal", [False, True])
 def test_the_formula_pair_by_pair(backend: str, focal: bool) -> None:
     case = make_case(Shape(2, 5, 6, [2, 3]), torch.float64)

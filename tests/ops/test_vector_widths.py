@@ -42,7 +42,7 @@ def vector_bytes(request: pytest.FixtureRequest) -> Iterator[int]:
 )
 def test_costs(shape: Shape, vector_bytes: int) -> None:
     case = make_case(shape)
-    for weights in (DETR, FOCAL):
+    for weights in (DETR, FOCAL, FOCAL._replace(alpha=0.3, gamma=1.5)):
         exact = matching_cost(*double(case), weights, backend="reference").cost
         own_error = (matching_cost(*case, weights, backend="reference").cost - exact).abs().amax()
         error = (matching_cost(*case, weights, backend="native").cost - exact).abs().amax()
