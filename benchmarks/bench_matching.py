@@ -159,9 +159,14 @@ def total_costs(
     )
 
 
-def cost_of_image(outputs: dict[str, Tensor], target: dict[str, Tensor], image: int) -> Tensor:
+def cost_of_image(
+    outputs: dict[str, Tensor],
+    target: dict[str, Tensor],
+    image: int,
+    class_cost: Callable[[Tensor], Tensor] = original.softmax_cost,
+) -> Tensor:
     """[Q, T] float64: the matching cost of every query and target of one image."""
-    probabilities = outputs["pred_logits"][image].double().softmax(-1)
+    of_classes = class_cost(outputs["pred_logits"][image].double())
     boxes, target_boxes = outputs["pred_boxes"][image].double(), target["boxes"].double()
     giou = original.giou_of_all_pairs(original.corners(boxes), original.corners(target_boxes))
-    return 5 * torch.cdist(boxes, target_boxes, p=1) - probabilities[:, target["labels"]] - 2 * giou
+    return 5 * torch.cdist(boxes, target_boxes, p=1) + of_classes[:, target["labels"]] - 2 * giou

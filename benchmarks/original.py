@@ -5,7 +5,7 @@ These are contestants and nothing else: they are slow in the way the original is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -27,18 +27,27 @@ def match(outputs: dict[str, Tensor], targets: Sequence[dict[str, Tensor]]) -> M
     return [(torch.as_tensor(queries), torch.as_tensor(chosen)) for queries, chosen in solved]
 
 
-def all_pairs_cost(outputs: dict[str, Tensor], targets: Sequence[dict[str, Tensor]]) -> Tensor:
+def softmax_cost(logits: Tensor) -> Tensor:
+    """[queries, classes], minus the probabilities."""
+    return -logits.softmax(-1)
+
+
+def all_pairs_cost(
+    outputs: dict[str, Tensor],
+    targets: Sequence[dict[str, Tensor]],
+    class_cost: Callable[[Tensor], Tensor] = softmax_cost,
+) -> Tensor:
     """[B, Q, N]: all queries of the batch against all targets of the batch.
 
     Only queries and targets of the same image can match, so of B images' costs a share of 1 / B is needed.
     """
     batch, num_queries = outputs["pred_logits"].shape[:2]
-    probabilities = outputs["pred_logits"].flatten(0, 1).softmax(-1)  # [B * Q, C + 1]
+    of_classes = class_cost(outputs["pred_logits"].flatten(0, 1))  # [B * Q, C + 1]
     boxes = outputs["pred_boxes"].flatten(0, 1)  # [B * Q, 4]
     labels = torch.cat([target["labels"] for target in targets])  # [N]
     target_boxes = torch.cat([target["boxes"] for target in targets])  # [N, 4]
 
-    cost_class = -probabilities[:, labels]
+    cost_class = of_classes[:, labels]
     cost_bbox = torch.cdist(boxes, target_boxes, p=1)
     cost_giou = -giou_of_all_pairs(corners(boxes), corners(target_boxes))
     return (5 * cost_bbox + cost_class + 2 * cost_giou).view(batch, num_queries, -1)

@@ -53,6 +53,7 @@ HUNDRED_TARGETS = Shape("hundred-targets-8", (100,) * 8, num_queries=300)
 CROWDED = Shape("crowded-16", CROWDED_TARGETS, num_queries=300, num_classes=2)
 
 MATCHING_SHAPES = (COCO_PER_GPU, COCO_SMALL, COCO_LARGE, COCO_QUERIES, HUNDRED_TARGETS, CROWDED)
+FOCAL_SHAPES = (COCO_SMALL, COCO_QUERIES)
 LOSS_SHAPES = (COCO_PER_GPU, COCO_SMALL, COCO_LARGE)
 
 # Heights and widths of four consecutive images of COCO val2017, scaled to 800 on the shorter side, at most 1333 on the

@@ -15,7 +15,7 @@ BACKENDS = [
     "reference",
     pytest.param("native", marks=pytest.mark.skipif(_native.load().module is None, reason=str(_native.load().why_not))),
 ]
-WEIGHTS = {"softmax": DETR, "focal": FOCAL}
+WEIGHTS = {"softmax": DETR, "focal": FOCAL, "a growing power": FOCAL._replace(gamma=-0.5)}
 
 
 @pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
@@ -41,24 +41,20 @@ def test_native_is_as_exact_as_the_reference(shape: Shape, dtype: torch.dtype, w
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("gamma", [2.0, 1.5, 0.0, -0.5])
+@pytest.mark.parametrize("gamma", [2.0, 1.5, 0.0])
 def test_the_focal_term_of_small_and_large_logits(backend: str, gamma: float) -> None:
     """Against the formula in float64, where neither 1 - p nor p is rounded before epsilon is added."""
-    x = torch.cat([torch.linspace(-12, 12, 961), torch.tensor([-1e4, -90.0, 90.0, 1e4])])
-    if gamma >= 0:
-        x = torch.cat([x, torch.tensor([-math.inf, math.inf])])
+    x = torch.cat([torch.linspace(-12, 12, 961), torch.tensor([-math.inf, -1e4, -90.0, 90.0, 1e4, math.inf])])
     box, weights = torch.tensor([0.5, 0.5, 0.5, 0.5]), CostWeights(1, 0, 0, True, 0.3, gamma)
     targets = PackedTargets(torch.tensor([1]), box[None], [1])
     logits = torch.stack([torch.zeros_like(x), x, torch.ones_like(x)], -1)[None]
     cost = matching_cost([logits], [box.expand(1, len(x), 4)], targets, weights, backend=backend).cost[0, 0]
     p, rest = x.double().sigmoid(), (-x.double()).sigmoid()
     exact = 0.7 * p**gamma * (rest + 1e-8).log() - 0.3 * rest**gamma * (p + 1e-8).log()
-    # The reference, and a power that no vectors compute, round 1 - p to 6e-8.
-    rounded = 6e-8 / (rest + 1e-8) if backend == "reference" or gamma < 0 else 0.0
-    usable = exact.abs() < 1e30
+    rounded = 6e-8 / (rest + 1e-8) if backend == "reference" else 0.0  # it rounds 1 - p to 6e-8
     error = (cost - exact).abs() / (1 + exact.abs())
-    assert (error <= 1e-6 + rounded)[usable].all(), (error - rounded).argmax()
-    assert exact[usable].abs().max() > 5
+    assert (error <= 1e-6 + rounded).all(), (error - rounded).argmax()
+    assert exact.abs().max() > 5
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
