@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 declare -A pieces=(
     [matching]="bench_matching.py bench_matching_cost.py bench_loss.py"
-    [assignment]="bench_assignment.py -k not(uniform-2000x2000)"
+    [assignment]="bench_assignment.py"
     [auction]="bench_auction.py"
     [attention]="bench_attention.py -k inference"
     [attention-training]="bench_attention.py -k training"
