@@ -102,12 +102,17 @@ costs = torch.tensor([[[2.0, 1.0], [1.0, 3.0], [5.0, 5.0]]])
 tokens, offsets = torch.ones(3, 1, 16), TokenOffsets.of([1, 2], "cpu")
 masks = torch.stack([torch.eye(2), 1 - torch.eye(2)])
 places = Places.of(np.arange(2), 2, 2)
+maps, packed = torch.ones(1, 2, 6, 6), PackedConv.of(torch.ones(1, 2, 1, 1), None)
 runs = {
     "add_layer_norm": lambda: bool((add_layer_norm(tokens[0], -tokens[0], torch.ones(16), torch.ones(16)) == 1).all()),
     "relu_dropout": lambda: relu_dropout(masks - 1, Dropout(0.5, torch.tensor([7]))).count_nonzero() == 0,
     "set_loss": lambda: abs(set_loss(logits, boxes, targets, torch.tensor([[1]]), num_boxes=1).loss_giou.item()) < 1e-6,
     "mask_loss": lambda: mask_loss(50 * masks - 25, [masks.bool()]).mask.amax().item() < 1e-6,
     "mask_argmax": lambda: mask_argmax(masks, places, places).tolist() == [[0, 1], [1, 0]],
+    "mask_threshold": lambda: mask_threshold(masks, places, places, 0.5).tolist() == masks.long().tolist(),
+    "conv": lambda: conv(maps, packed).flatten().tolist() == [2.0] * 36,
+    "conv_max_pool": lambda: conv_max_pool(maps, packed).flatten().tolist() == [2.0] * 9,
+    "set_criterion": lambda: abs(set_criterion(logits, boxes, targets, num_boxes=1).losses.loss_giou.item()) < 1e-6,
     "attention": lambda: bool((attention(tokens, tokens, tokens, offsets, offsets) == 1).all()),
     "assignment": lambda: assignment(costs, [2]).tolist() == [[1, 0]],
     "auction": lambda: assignment(costs, [2], method="auction").tolist() == [[1, 0]],
@@ -116,8 +121,8 @@ runs = {
 }
 assert {op.name for op in OPS} == set(runs), "this test runs every op"
 assert all(run() for run in runs.values())
-# PyTorch's own attention is there without any of ours.
-print({selections["cpu"]["takes"] for selections in collect_info()["ops"].values()} - {"sdpa"})
+# PyTorch's own attention is there without any of ours, and the criterion is composed of other ops.
+print({selections["cpu"]["takes"] for selections in collect_info()["ops"].values()} - {"sdpa", "composed"})
 """
 
 
