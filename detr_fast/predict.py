@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,15 +15,18 @@ from PIL import Image
 from detr_fast.attention_maps import PointError, capture_attention, draw_attention
 from detr_fast.checkpoint import prepare_output_folder
 from detr_fast.data.annotations import AnnotationError, load_json, name_of
+from detr_fast.data.find import find_images
 from detr_fast.data.images import ImageError, load_image
 from detr_fast.panoptic_prediction import PanopticPrediction
-from detr_fast.predictor import Prediction, Predictor
+from detr_fast.pipeline import Speed, ahead, batches, helpers
+from detr_fast.predictor import Prediction, Predictor, PreparedImage
 
 __all__ = ["FailedFile", "PredictSummary", "Prediction", "Predictor", "find_images", "predict_files"]
 
-IMAGE_SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
 # Labels cannot be read on a smaller picture, so it is enlarged.
 SMALLEST_PICTURE_PX = 400
+# Images that may wait for the model, and for a thread that writes their results, beyond a batch.
+LOOK_AHEAD = 8
 # JPEG ends at 65535 pixels a side, and Pillow refuses more than 65500.
 LARGEST_JPEG_PX = 65500
 # Folder of the PNGs of panoptic segmentations.
@@ -51,6 +54,7 @@ class PredictSummary:
         categories: of segments, in COCO's panoptic format; None where boxes are predicted.
         failed: the files that were not done.
         unannotated: the files that the annotation file does not name; they have ids beyond its own.
+        speed: how fast it was, and what bounded it.
     """
 
     output: Path
@@ -58,6 +62,7 @@ class PredictSummary:
     predictions: list[dict[str, Any]] = field(default_factory=list)
     failed: list[FailedFile] = field(default_factory=list)
     unannotated: list[Path] = field(default_factory=list)
+    speed: Speed = field(default_factory=Speed)
     categories: list[dict[str, Any]] | None = None
 
     @property
@@ -70,6 +75,7 @@ class PredictSummary:
         kind = "detections" if self.categories is None else "segments"
         count = sum(entry[kind] for entry in self.images)
         lines = [f"{count} {kind} in {len(self.images)} images, written to {self.output}"]
+        lines.append(self.speed.render())
         lines += [f"failed: {failure.path}: {failure.reason}" for failure in self.failed]
         lines += [f"{path} is not in the annotation file: its image id is a new one" for path in self.unannotated]
         return "\n".join(lines)
@@ -119,6 +125,8 @@ def predict_files(
     cannot be read is skipped and stands in the summary. An interrupted run (Ctrl-C) leaves whole pictures, and both
     JSON files of the images done.
 
+    Files are read and results are written beside the model, where it leaves cores for that.
+
     Args:
         inputs: files, folders and glob patterns, in any mixture.
         predictor: its ``batch_size`` images are read and run together.
@@ -128,7 +136,7 @@ def predict_files(
         recursive: look into the folders inside a folder too.
         attention: whether to draw the attention, and of what.
         panoptic: segments in place of boxes, of queries whose class is at least so probable.
-        on_progress: called after each batch with the number of files done and of all files.
+        on_progress: called after each file with the number of files done and of all files.
 
     Raises:
         FileNotFoundError: a folder or a pattern holds no image.
@@ -147,66 +155,24 @@ def predict_files(
     summary = PredictSummary(prepare_output_folder(output), unannotated=unannotated, categories=categories)
     if panoptic is not None:
         prepare_output_folder(summary.output / SEGMENTS)
+    order = {job.stem: number for number, job in enumerate(jobs)}
+    run = _Run(predictor, summary.output, figures, panoptic)
+    done: list[_Found] = []
     try:
-        for start in range(0, len(jobs), predictor.batch_size):
-            batch = jobs[start : start + predictor.batch_size]
-            _run(batch, predictor, figures, panoptic, summary)
-            if on_progress is not None:
-                on_progress(start + len(batch), len(jobs))
+        with helpers(predictor.device) as pool:
+            most = predictor.batch_size + LOOK_AHEAD
+            read = ahead(run.read, jobs, pool, most)
+            detected = summary.speed.timed("the model", run.detect(summary.speed.timed("reading images", read)))
+            written = ahead(partial(run.write, done=done), detected, pool, most)
+            for number, _ in enumerate(summary.speed.timed("writing results", written), 1):
+                if on_progress is not None:
+                    on_progress(number, len(jobs))
     finally:
+        for found in sorted(done, key=lambda found: order[found.job.stem]):
+            found.add_to(summary)
+        summary.speed.stop(len(summary.images))
         summary.write()
     return summary
-
-
-def find_images(
-    inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], *, recursive: bool = False
-) -> list[Path]:
-    """List the image files that files, folders and glob patterns name, each once.
-
-    A folder gives its files with an image's suffix, sorted by name; a pattern those that it matches, or where it
-    matches none, the other files or the folders it matches; a file itself, whether or not it exists: whoever reads it
-    reports it.
-
-    Raises:
-        FileNotFoundError: a folder or a pattern gives no file.
-        ValueError: ``inputs`` is empty.
-    """
-    listed = [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
-    if not listed:
-        raise ValueError("inputs must name at least one image, folder or pattern, got none")
-    found: dict[str, Path] = {}
-    for entry in listed:
-        for path in _expand(os.fspath(entry), recursive):
-            found.setdefault(os.path.abspath(path), path)
-    return list(found.values())
-
-
-def _expand(entry: str, recursive: bool) -> list[Path]:
-    if os.path.isdir(entry):
-        return _images_in(Path(entry), recursive)
-    if os.path.exists(entry) or not glob.has_magic(entry):
-        return [Path(entry)]
-    matches = sorted(glob.glob(entry, recursive=True))
-    files = [Path(match) for match in matches if not os.path.isdir(match)]
-    if files:
-        # "photos/*" need not fail for the notes beside the photos, but "scans/*.dat" means what it says.
-        return [path for path in files if _has_image_suffix(path)] or files
-    if not matches:
-        raise FileNotFoundError(f"the pattern {entry} matches no file")
-    return [path for match in matches for path in _images_in(Path(match), recursive)]
-
-
-def _images_in(folder: Path, recursive: bool) -> list[Path]:
-    files = folder.rglob("*") if recursive else folder.iterdir()
-    images = sorted(path for path in files if _has_image_suffix(path) and path.is_file())
-    if not images:
-        hint = "" if recursive else " (folders inside it are searched with recursive)"
-        raise FileNotFoundError(f"the folder {folder} holds no image{hint}")
-    return images
-
-
-def _has_image_suffix(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES
 
 
 class _Job(NamedTuple):
@@ -290,35 +256,71 @@ def _check_entries(paths: list[Path], entries: list[dict[str, Any] | None], sour
             )
 
 
-def _run(
-    batch: list[_Job],
-    predictor: Predictor,
-    figures: AttentionFigures | None,
-    panoptic: float | None,
-    summary: PredictSummary,
-) -> None:
-    """Do one batch: read what can be read, detect, and write each image's files before it enters the summary."""
-    readable = []
-    for job in batch:
+@dataclass
+class _Found:
+    """What is known of a file: the image, what is in it, and what was written about it."""
+
+    job: _Job
+    image: PreparedImage | None = None
+    prediction: Prediction | PanopticPrediction | None = None
+    entry: dict[str, Any] = field(default_factory=dict)
+    predictions: list[dict[str, Any]] = field(default_factory=list)
+    failure: str | None = None
+
+    def add_to(self, summary: PredictSummary) -> None:
+        if self.failure is not None:
+            summary.failed.append(FailedFile(self.job.path, self.failure))
+        if self.entry:
+            summary.images.append(self.entry)
+        summary.predictions += self.predictions
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The three parts of the way from a file to its results; the first and the last run in threads."""
+
+    predictor: Predictor
+    output: Path
+    figures: AttentionFigures | None
+    panoptic: float | None
+
+    def read(self, job: _Job) -> _Found:
         try:
-            readable.append((job, load_image(job.path, annotated_size=job.annotated_size)))
+            picture = load_image(job.path, annotated_size=job.annotated_size)
         except ImageError as error:
-            summary.failed.append(FailedFile(job.path, str(error)))
-    pictures = [picture for _, picture in readable]
-    predictions: Sequence[Prediction | PanopticPrediction] = []
-    if pictures:
-        predictions = predictor(pictures) if panoptic is None else predictor.panoptic(pictures, threshold=panoptic)
-    for (job, picture), prediction in zip(readable, predictions, strict=True):
-        entry = _image_entry(job, prediction)
-        drawn = prediction.draw(picture, min_size=SMALLEST_PICTURE_PX)
-        entry["picture"] = _write_picture(summary.output / job.stem, drawn).name
-        if figures is not None:
-            _write_attention(job, picture, entry, predictor, figures, summary)
-        if isinstance(prediction, PanopticPrediction):
-            summary.predictions.append(_write_segments(job, prediction, summary.output))
-        else:
-            summary.predictions += prediction.to_coco(job.image_id)
-        summary.images.append(entry)
+            return _Found(job, failure=str(error))
+        return _Found(job, self.predictor.prepare(picture))
+
+    def detect(self, read: Iterable[_Found]) -> Iterator[_Found]:
+        for batch in batches(read, self.predictor.batch_size):
+            readable = [found for found in batch if found.image is not None]
+            for found, prediction in zip(readable, self._predict([found.image for found in readable]), strict=True):
+                found.prediction, found.entry = prediction, _image_entry(found.job, prediction)
+                if self.figures is not None:
+                    _write_attention(found, self.predictor, self.figures, self.output)
+            yield from batch
+
+    def _predict(self, images: Sequence[Any]) -> Sequence[Prediction | PanopticPrediction]:
+        if not images:
+            return []
+        return (
+            self.predictor(images)
+            if self.panoptic is None
+            else self.predictor.panoptic(images, threshold=self.panoptic)
+        )
+
+    def write(self, found: _Found, done: list[_Found]) -> None:
+        """Write an image's files; only then does it stand in ``done``, without its pixels."""
+        job, image, prediction = found.job, found.image, found.prediction
+        if image is not None and prediction is not None:
+            drawn = prediction.draw(image.picture, min_size=SMALLEST_PICTURE_PX)
+            found.entry["picture"] = _write_picture(self.output / job.stem, drawn).name
+            if isinstance(prediction, PanopticPrediction):
+                found.predictions = [_write_segments(job, prediction, self.output)]
+            else:
+                found.predictions = prediction.to_coco(job.image_id)
+        found.image = found.prediction = None
+        done.append(found)
 
 
 def _image_entry(job: _Job, prediction: Prediction | PanopticPrediction) -> dict[str, Any]:
@@ -351,23 +353,17 @@ def _write_picture(stem: Path, drawn: Image.Image) -> Path:
     return path
 
 
-def _write_attention(
-    job: _Job,
-    picture: Image.Image,
-    entry: dict[str, Any],
-    predictor: Predictor,
-    figures: AttentionFigures,
-    summary: PredictSummary,
-) -> None:
-    path = summary.output / f"{job.stem}_attention.png"
+def _write_attention(found: _Found, predictor: Predictor, figures: AttentionFigures, output: Path) -> None:
+    path = output / f"{found.job.stem}_attention.png"
+    assert found.image is not None
     try:
-        maps = predictor.attention(picture, points_px=figures.points_px, max_detections=figures.max_detections)
+        maps = predictor.attention(found.image, points_px=figures.points_px, max_detections=figures.max_detections)
     except PointError as error:
         # The points of the run may lie outside one of its images; the others still get their figures.
-        summary.failed.append(FailedFile(job.path, str(error)))
+        found.failure = str(error)
         return
     _write_whole(path, lambda partial: draw_attention(maps, partial))
-    entry["attention"] = path.name
+    found.entry["attention"] = path.name
 
 
 def _write_json(path: Path, contents: Any) -> None:

@@ -27,7 +27,20 @@ from detr_fast.postprocess import PostProcess
 from detr_fast.postprocess_masks import PostProcessPanoptic
 from detr_fast.sharp_masks import with_sharp_masks
 
-Picture: TypeAlias = "Image.Image | np.ndarray[Any, Any] | Tensor | str | os.PathLike[str]"
+Picture: TypeAlias = "Image.Image | np.ndarray[Any, Any] | Tensor | str | os.PathLike[str] | PreparedImage"
+
+
+@dataclass(frozen=True)
+class PreparedImage:
+    """An image that is ready for the model.
+
+    Attributes:
+        picture: 8-bit RGB.
+        pixels: [3, height, width] float32 on the CPU, scaled and normalised.
+    """
+
+    picture: Image.Image
+    pixels: Tensor
 
 
 @dataclass(frozen=True)
@@ -157,13 +170,29 @@ class Predictor:
             settings.setdefault("max_size", meta.args["max_size"])
         return cls(model, **{"categories": meta.categories, "is_thing_map": meta.is_thing_map, **settings})
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
+
+    def prepare(self, image: Picture) -> PreparedImage:
+        """Do what comes before the model, such as in threads beside it; a call takes the result as an image.
+
+        Raises:
+            ValueError, TypeError, ImageError: as a call.
+        """
+        if isinstance(image, PreparedImage):
+            return image
+        picture = to_picture(image)
+        return PreparedImage(picture, self._transform(picture, {})[0])
+
     def __call__(self, images: Picture | Sequence[Picture]) -> list[Prediction]:
         """Detect the objects of one or several images.
 
         Args:
             images: a PIL image of any mode, a uint8 array [height, width, 3] (RGB) or [height, width] (grey), a tensor
-                [3, height, width] of uint8 or of floats in [0, 1], the path of an image file, or a list of these.
-                Floats are rounded to 8 bits.
+                [3, height, width] of uint8 or of floats in [0, 1], the path of an image file, what ``prepare`` made of
+                one of these, or a list. Floats are rounded to 8 bits.
 
         Returns:
             One ``Prediction`` for each image, for a single image too. Waits for the device.
@@ -177,7 +206,7 @@ class Predictor:
         predictions: list[Prediction] = []
         with _evaluating(self.model), torch.inference_mode():
             for start in range(0, len(listed), self.batch_size):
-                predictions += self._predict([to_picture(image) for image in listed[start : start + self.batch_size]])
+                predictions += self._predict([self.prepare(image) for image in listed[start : start + self.batch_size]])
         return predictions
 
     def panoptic(self, images: Picture | Sequence[Picture], *, threshold: float = 0.85) -> list[PanopticPrediction]:
@@ -202,13 +231,13 @@ class Predictor:
         found: list[PanopticPrediction] = []
         with _evaluating(self.model), torch.inference_mode():
             for start in range(0, len(listed), self.batch_size):
-                pictures = [to_picture(image) for image in listed[start : start + self.batch_size]]
-                batch, processed = self._batch(pictures)
+                prepared = [self.prepare(image) for image in listed[start : start + self.batch_size]]
+                batch, processed = self._batch(prepared)
                 frame = (batch.images.shape[-2], batch.images.shape[-1])
                 outputs = detect(self.model, batch)
                 if self.sharp_masks:
                     outputs = with_sharp_masks(outputs, batch.images)
-                segments = postprocess.segment(outputs, processed, _sizes(pictures), frame=frame)
+                segments = postprocess.segment(outputs, processed, _sizes(prepared), frame=frame)
                 found += [PanopticPrediction.of(image, self.categories) for image in segments]
         return found
 
@@ -245,26 +274,26 @@ class Predictor:
             TypeError: the model is not a ``Detr``.
             PointError: a point lies outside the image.
         """
-        picture = to_picture(image)
+        prepared = self.prepare(image)
+        picture = prepared.picture
         with _evaluating(self.model), torch.inference_mode(), capture_attention(self.model) as capture:
-            prediction = self._predict([picture])[0].first(max_detections)
+            prediction = self._predict([prepared])[0].first(max_detections)
             points = _points(prediction, picture) if points_px is None else list(points_px)
             tokens = point_tokens(points, prediction.size, capture.feature_size)
             decoder = capture.decoder_maps(prediction.queries)[0].float().cpu()
             encoder = capture.encoder_maps(tokens)[0].float().cpu()
         return AttentionMaps(picture, prediction, decoder, points, encoder)
 
-    def _predict(self, pictures: list[Image.Image]) -> list[Prediction]:
-        batch, _ = self._batch(pictures)
-        sizes = torch.tensor(_sizes(pictures), device=batch.images.device)
+    def _predict(self, images: list[PreparedImage]) -> list[Prediction]:
+        batch, _ = self._batch(images)
+        sizes = torch.tensor(_sizes(images), device=batch.images.device)
         detections = self._postprocess(detect(self.model, batch), sizes)
-        return [self._select(found, size) for found, size in zip(detections, _sizes(pictures), strict=True)]
+        return [self._select(found, size) for found, size in zip(detections, _sizes(images), strict=True)]
 
-    def _batch(self, pictures: list[Image.Image]) -> tuple[ImageBatch, list[tuple[int, int]]]:
+    def _batch(self, images: list[PreparedImage]) -> tuple[ImageBatch, list[tuple[int, int]]]:
         """The model's input, and (height, width) of each image in it."""
-        images = [self._transform(picture, {})[0] for picture in pictures]
-        device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
-        return ImageBatch.of(images).to(device), [(image.shape[-2], image.shape[-1]) for image in images]
+        pixels = [image.pixels for image in images]
+        return ImageBatch.of(pixels).to(self.device), [(x.shape[-2], x.shape[-1]) for x in pixels]
 
     def _select(self, found: Mapping[str, Tensor], size: tuple[int, int]) -> Prediction:
         scores, labels, boxes = (found[key].cpu() for key in ("scores", "labels", "boxes"))
@@ -321,7 +350,7 @@ def _picture_of_tensor(image: Tensor) -> Image.Image:
 
 
 def _listed(images: Picture | Sequence[Picture]) -> Sequence[Picture]:
-    if isinstance(images, (Image.Image, str, os.PathLike)):
+    if isinstance(images, (Image.Image, str, os.PathLike, PreparedImage)):
         return [images]
     if isinstance(images, (np.ndarray, Tensor)) and images.ndim < 4:
         return [images]
@@ -332,8 +361,8 @@ def _listed(images: Picture | Sequence[Picture]) -> Sequence[Picture]:
     return listed
 
 
-def _sizes(pictures: list[Image.Image]) -> list[tuple[int, int]]:
-    return [(picture.height, picture.width) for picture in pictures]
+def _sizes(images: list[PreparedImage]) -> list[tuple[int, int]]:
+    return [(image.picture.height, image.picture.width) for image in images]
 
 
 def _points(prediction: Prediction, picture: Image.Image) -> list[tuple[float, float]]:

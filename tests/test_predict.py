@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,6 +90,20 @@ class TestPredictFiles:
         model = one_box()
         predict_files(tmp_path / "in", Predictor(model, batch_size=2, size=32), tmp_path / "out")
         assert [len(batch) for batch in model.seen] == [2, 2, 1]
+
+    def test_says_how_fast_it_was_and_what_bounded_it(self, tmp_path: Path, make_image: Callable[..., Path]) -> None:
+        for i in range(3):
+            make_image(f"in/{i}.png")
+
+        class Slow(Fixed):
+            def forward(self, samples: Any) -> Any:
+                time.sleep(0.3)
+                return super().forward(samples)
+
+        summary = predict_files(tmp_path / "in", Predictor(Slow([[0.9]], [[0.5] * 4])), tmp_path / "out")
+        assert summary.speed.images == 3 and summary.speed.seconds >= 0.9
+        assert summary.speed.shares["the model"] >= 0.9
+        assert re.search(r"images per second, bounded by the model \(\d+% of the time\)", summary.render())
 
     def test_results_load_into_coco(self, tmp_path: Path, make_image: Callable[..., Path]) -> None:
         paths = [make_image("in/x/1.png"), make_image("in/y/1.png"), make_image("in/new.png")]
@@ -175,8 +191,8 @@ class TestPredictFiles:
         assert not model.seen
 
     def test_interrupted_run_keeps_what_was_done(self, tmp_path: Path, make_image: Callable[..., Path]) -> None:
-        for i in range(4):
-            make_image(f"in/{i}.png")
+        for i in range(60):
+            make_image(f"in/{i:02}.png")
 
         def interrupt(done: int, total: int) -> None:
             if done == 2:
@@ -184,9 +200,12 @@ class TestPredictFiles:
 
         with pytest.raises(KeyboardInterrupt):
             predict_files(tmp_path / "in", Predictor(one_box()), tmp_path / "out", on_progress=interrupt)
-        assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())) == 2
+        done = json.loads((tmp_path / "out" / "images.json").read_text())["images"]
+        assert 2 <= len(done) < 60, "what was begun is finished, and no more"
+        assert [image["file_name"] for image in done] == sorted(image["file_name"] for image in done)
+        assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())) == len(done)
         names = sorted(path.name for path in (tmp_path / "out").iterdir())
-        assert names == ["0.jpg", "1.jpg", "images.json", "predictions.json"]
+        assert names == [*(image["picture"] for image in done), "images.json", "predictions.json"]
 
     def test_interrupted_while_writing_leaves_no_half_file(
         self, tmp_path: Path, make_image: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
