@@ -10,6 +10,7 @@ import torch
 from small import random_outputs, random_targets, small_criterion, small_detr
 
 from detr_fast import HungarianMatcher, SetCriterion
+from detr_fast import criterion as criterion_module
 from detr_fast.ops import _native
 from detr_fast.ops.boxes import cxcywh_to_xyxy, elementwise_giou
 
@@ -280,16 +281,45 @@ def test_a_training_run_follows_that_of_the_references(monkeypatch: pytest.Monke
     state = copy.deepcopy(model.state_dict())
     images, targets = torch.randn(2, 3, 64, 96), random_targets([4, 3])
     by_native = train_five_steps(model, images, targets)
+    model.load_state_dict(state)
+    two_ops = train_five_steps(model, images, targets, MatchesAlone(1, 5, 2))
     monkeypatch.setattr(_native, "load", lambda: _native.Native(None, "the native module was not built"))
     model.load_state_dict(state)
     by_reference = train_five_steps(model, images, targets)
     assert abs(by_native[-1]["loss_ce"] - by_native[0]["loss_ce"]) > 1e-3, "the run goes somewhere"
-    for found, expected in zip(by_native, by_reference, strict=True):
+    for found, alone, expected in zip(by_native, two_ops, by_reference, strict=True):
         assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
+        assert alone == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
-def train_five_steps(model: torch.nn.Module, images: torch.Tensor, targets: list) -> list[dict[str, float]]:
+class MatchesAlone(HungarianMatcher):
+    """With a method of its own, so that matching and losses are not one op."""
+
+    def match_packed(self, *arguments: object) -> torch.Tensor:
+        return super().match_packed(*arguments)
+
+
+def test_matching_and_losses_are_one_op_unless_the_matcher_has_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, run = [], criterion_module.stacked_results
+    monkeypatch.setattr(criterion_module, "stacked_results", lambda *a: (calls.append(a), run(*a))[1])
+    outputs, targets, criterion = random_outputs(2), random_targets([4, 3]), small_criterion()
+    expected = criterion(outputs, targets)
+    assert len(calls) == 1
+    criterion.matcher = MatchesAlone(
+        criterion.matcher.cost_class, criterion.matcher.cost_bbox, criterion.matcher.cost_giou
+    )
+    found = criterion(outputs, targets)
+    assert len(calls) == 1 and found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name])
+
+
+def train_five_steps(
+    model: torch.nn.Module, images: torch.Tensor, targets: list, matcher: HungarianMatcher | None = None
+) -> list[dict[str, float]]:
     criterion, backbone = small_criterion(), list(model.backbone.parameters())
+    if matcher is not None:
+        criterion.matcher = matcher
     others = [p for name, p in model.named_parameters() if not name.startswith("backbone")]
     optimizer = torch.optim.AdamW([{"params": others}, {"params": backbone, "lr": 1e-4}], lr=1e-3, weight_decay=1e-4)
     history = []
