@@ -24,6 +24,7 @@ from detr_fast.cli import main
 from detr_fast.export import ExportError, export_checkpoint, export_model, verify
 from detr_fast.models.backbone import BasicBlock, ResNet
 from detr_fast.models.portable import PortableDetr, fold_batch_norms, padding_of
+from detr_fast.optimize import optimize
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="export is checked in onnxruntime")
 
@@ -191,6 +192,7 @@ def test_models_of_other_kinds_are_refused(tmp_path: Path) -> None:
     for model, message in (
         (DetrDemo(3, hidden_dim=16, nheads=2), "model must be a Detr or a DetrSegm, got DetrDemo"),
         (other, "transformer must be detr_fast's Transformer with a decoder, got Transformer"),
+        (optimize(small_model(backbone="resnet18")), "must be the one that was optimised, got the optimised copy"),
         (strange, "positions must be sine or learned, got Identity"),
     ):
         with pytest.raises(TypeError, match=message):

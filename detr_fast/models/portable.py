@@ -13,6 +13,7 @@ from detr_fast.data.batch import ImageBatch
 from detr_fast.models.attention import MultiHeadAttention
 from detr_fast.models.backbone import FrozenBatchNorm2d
 from detr_fast.models.detr import Detr
+from detr_fast.models.packed_resnet import PackedResNet
 from detr_fast.models.position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine
 from detr_fast.models.segmentation import AttentionMap, DetrSegm, MaskHead
 from detr_fast.models.transformer import Transformer, TransformerDecoderLayer, TransformerEncoderLayer
@@ -198,6 +199,10 @@ def check_portable(model: nn.Module) -> None:
     if not isinstance(detr.transformer, Transformer) or not len(detr.transformer.decoder.layers):
         found = type(detr.transformer).__name__
         raise TypeError(f"the model's transformer must be detr_fast's Transformer with a decoder, got {found}")
+    if any(isinstance(module, PackedResNet) for module in model.modules()):
+        raise TypeError(
+            "the model must be the one that was optimised, got the optimised copy, whose weights are packed"
+        )
     position = detr.backbone[1]  # type: ignore[index]
     if not isinstance(position, (PositionEmbeddingSine, PositionEmbeddingLearned)):
         raise TypeError(f"the model's positions must be sine or learned, got {type(position).__name__}")
