@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from detr_fast.models.presets import detr_resnet50
 from detr_fast.ops import PackedConv, _native, conv
-from detr_fast.ops.conv.native import fastest
+from detr_fast.ops.conv.native import fastest, fits_winograd
 
 WHY_NOT = _native.load().why_not
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
@@ -119,7 +119,7 @@ def test_layers_that_it_cannot_compute_are_refused() -> None:
     x, packed = case("one patch")
     for wrong in ({"padding": 0}, {"padding": 1, "stride": 2}, {"padding": 1, "dilation": 2}):
         other = PackedConv.of(packed.weight, **wrong)
-        assert fastest(other) == "gemm"
+        assert fastest(other, torch.empty(1, 64, 99, 99)) == "gemm"
         with pytest.raises(
             ValueError, match="'winograd' needs 3x3, stride 1 and padding equal to dilation, got Packed"
         ):
@@ -129,10 +129,11 @@ def test_layers_that_it_cannot_compute_are_refused() -> None:
 
 
 def test_the_layers_of_a_resnet_take_it() -> None:
-    weight = torch.zeros(64, 64, 3, 3)
-    assert fastest(PackedConv.of(weight, padding=1)) == "winograd"
-    assert fastest(PackedConv.of(weight, padding=1, stride=2)) == "gemm"
-    assert fastest(PackedConv.of(weight[:, :3], padding=1)) == "gemm"
+    weight, large = torch.zeros(64, 64, 3, 3), torch.empty(1, 64, 20, 27)
+    assert fastest(PackedConv.of(weight, padding=1), large) == "winograd"
+    assert fastest(PackedConv.of(weight, padding=1), torch.empty(1, 64, 8, 8)) == "gemm"
+    assert fastest(PackedConv.of(weight, padding=1, stride=2), large) == "gemm"
+    assert fastest(PackedConv.of(weight[:, :3], padding=1), large) == "gemm"
 
 
 @torch.no_grad()
@@ -145,7 +146,7 @@ def test_boxes_of_a_model_move_by_rounding(monkeypatch: pytest.MonkeyPatch) -> N
 
     def forward(layer: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         packed = PackedConv.of(weight, bias, stride=layer.stride[0], padding=layer.padding[0])
-        if fastest(packed) != "winograd":
+        if not fits_winograd(packed):
             return plain(layer, x, weight, bias)
         calls.append(layer)
         return conv(x, packed, algorithm="winograd")
