@@ -28,7 +28,7 @@ from ops.set_loss_cases import (
 needs_native = pytest.mark.skipif(_native.load().module is None, reason=str(_native.load().why_not))
 NATIVE = pytest.param("native", marks=needs_native)
 BACKENDS = ["reference", "composed", NATIVE]
-COST_OF = {"cross-entropy": DETR, "focal": FOCAL, "varifocal": FOCAL, "focal without modulation": DETR}
+COST_OF = {"cross-entropy": DETR, "focal": FOCAL, "varifocal": DETR}
 
 
 def run(
@@ -45,7 +45,7 @@ def run(
     return outcome, *found[0].matching
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["reference", NATIVE])
 @pytest.mark.parametrize("class_loss", COST_OF)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("shape", LOSS_SHAPES.values(), ids=LOSS_SHAPES)
