@@ -90,21 +90,25 @@ def gradients(run: Callable[[AttentionInputs], Tensor], inputs: AttentionInputs,
 
 
 def assert_as_exact_as(ours: list[Tensor], theirs: list[Tensor], exact: list[Tensor], why: str = "") -> None:
-    """Errors at most twice theirs, four ulp of the largest number, and the rounding of what cancels in gradients.
+    """Errors at most twice theirs, and what the rounding of scores and of cancelling sums comes to.
 
-    Those are differences of products of E numbers, and so of order E^0.5, however small they are themselves. Where
-    there are enough of them, their errors' mean square is held to theirs, too.
+    A score of up to 8 is rounded by up to 4 eps, and so changes its weight by as much relatively; with the exponential
+    and the sums a result may be off by 12 eps of the largest number. Gradients are differences of sums of E products,
+    and so of order E^0.5, however small they are themselves. Where there are enough numbers, their errors' mean square
+    is held to theirs, too, and to the rounding of sums of E numbers. In 60,000 cases the largest error took three
+    quarters of what is allowed; with a third of the allowance, as many as 1 in 500 failed.
     """
     for name, x, y, z in zip(("out", "dquery", "dkey", "dvalue"), ours, theirs, exact, strict=True):
         assert x.shape == z.shape and x.dtype == y.dtype
         if z.numel() == 0:
             continue
-        cancelling = 8 * z.shape[-1] ** 0.5 if name in ("dquery", "dkey") else 0.0
-        rounding = torch.finfo(x.dtype).eps * (4 * z.abs().max() + cancelling)
+        cancelling = 16 * z.shape[-1] ** 0.5 if name in ("dquery", "dkey") else 0.0
+        rounding = torch.finfo(x.dtype).eps * (12 * z.abs().max() + cancelling)
         error, allowed = (x.double() - z).abs().max(), 2 * (y.double() - z).abs().max() + rounding
         assert error <= allowed, f"{name} {why}: {error} > {allowed}"
         if z.numel() >= 1000:
-            error, allowed = _deviation(x, z), 2 * _deviation(y, z) + torch.finfo(x.dtype).eps
+            of_sums = torch.finfo(x.dtype).eps * (1 + z.shape[-1] ** 0.5 / 4)
+            error, allowed = _deviation(x, z), 2 * _deviation(y, z) + of_sums
             assert error <= allowed, f"deviation of {name} {why}: {error} > {allowed}"
 
 
