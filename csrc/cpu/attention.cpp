@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "attention_tile.h"
+#include "denormals.h"
 #include "lanes.h"
 #include "solver.h"
 #include "thread_pool.h"
@@ -215,6 +216,7 @@ void detr_fast_attention_cpu(const detr_fast_attention* inputs, float* output, f
     parallel_for(static_cast<int64_t>(tasks.size()), inputs->threads, [&](int64_t t) {
         const Task& task = tasks[t];
         if (task.keys == 0) return clear(*inputs, task);
+        const DenormalsAreZero denormals_are_zero;
         static thread_local Scratch scratch;
         with_widest_vectors(ForwardTask{*inputs, task, scratch.reserve(forward_scratch(task.keys, inputs->head_size))});
         scratch.release_if_large();

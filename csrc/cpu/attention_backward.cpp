@@ -10,6 +10,7 @@
 
 #include "attention.h"
 #include "attention_tile.h"
+#include "denormals.h"
 #include "lanes.h"
 #include "solver.h"
 #include "thread_pool.h"
@@ -291,6 +292,7 @@ void detr_fast_attention_backward_cpu(const detr_fast_attention* inputs,
     parallel_for(static_cast<int64_t>(plan.tasks.size()), inputs->threads, [&](int64_t t) {
         static thread_local Scratch scratch;
         const Task& task = plan.tasks[t];
+        const DenormalsAreZero denormals_are_zero;
         with_widest_vectors(
             BackwardTask{*inputs, task, scratch.reserve(backward_scratch(task.keys, inputs->head_size))});
         scratch.release_if_large();

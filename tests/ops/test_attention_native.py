@@ -56,6 +56,20 @@ def test_every_width_is_as_exact_as_sdpa(shape: Shape, p: float | None) -> None:
     assert_as_exact_as(run(inputs, grad), theirs, exact, "of native")
 
 
+def test_weights_too_small_to_be_normal() -> None:
+    """They count for nothing, because processors take long for such numbers; those of others stay what they are."""
+    inputs = make_inputs(PARTS["a real size"])
+    far_apart = inputs._replace(query=inputs.query * 20, key=inputs.key * 20)
+    scores = torch.einsum("qhe,khe->hqk", far_apart.query, far_apart.key) * inputs.scale
+    assert (scores.amax(-1, keepdim=True) - scores > 87).float().mean() > 0.5  # e^-88 is not normal
+    out = run(far_apart, torch.randn(inputs.query.shape))[0]
+    # A score's rounding is the relative change of its weight.
+    tolerance = 8 * torch.finfo(torch.float32).eps * scores.abs().max() * inputs.value.abs().max()
+    assert (out.double() - oracle(in_double(far_apart))).abs().max() <= tolerance
+    tiny = torch.full((1,), 1e-39)
+    assert (tiny + tiny).item() > 1.5e-39
+
+
 @pytest.mark.usefixtures("vector_bytes")
 def test_drops_what_the_generator_says() -> None:
     """Values are one-hot, so that an output is a weight, and so are the output's gradients, so that a value's is."""
