@@ -62,10 +62,9 @@ class PackedConv:
 
     def form(self, algorithm: str, make: Callable[[PackedConv], Tensor]) -> Tensor:
         """The weight as ``algorithm`` reads it; ``make`` is called the first time."""
-        # Two threads that ask at once may both make it, and both are right.
-        if algorithm not in self._forms:
-            self._forms[algorithm] = make(self)
-        return self._forms[algorithm]
+        # Two threads that ask at once may both make it; both get the first one, which lives as long as this object.
+        form = self._forms.get(algorithm)
+        return self._forms.setdefault(algorithm, make(self)) if form is None else form
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_forms": {}}
