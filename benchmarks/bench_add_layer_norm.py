@@ -1,7 +1,8 @@
 """Residual, dropout, layer norm and position, of an encoder's tokens and a decoder's queries: the op by backend.
 
-``original`` is ``norm(residual + dropout(x))`` and the position added to it, as the original does it. A training step
-is a forward with dropout 0.1, and a backward of both results to all inputs.
+``original`` is ``norm(residual + dropout(x))`` and the position added to it, as the original does it; ``detr_fast`` is
+the op where no backend is named. A training step is a forward with dropout 0.1, and a backward of both results to all
+inputs.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ COLUMNS, P = 256, 0.1
 
 encoder_and_decoder = pytest.mark.parametrize("part", ["encoder", "decoder"])
 maps = pytest.mark.parametrize("shape", [ONE_MAP, MIXED_MAPS], ids=lambda shape: shape.name)
-contestants = pytest.mark.parametrize("contestant", ["original", *BACKENDS])
+contestants = pytest.mark.parametrize("contestant", ["original", "detr_fast", *BACKENDS])
 
 
 @contestants
@@ -75,7 +76,7 @@ def runs(tensors: list[Tensor]) -> dict[str, Run]:
         y = F.layer_norm(residual + F.dropout(x, p, p > 0), weight.shape, weight, bias)
         return y, y + pos
 
-    def op(backend: str) -> Run:
+    def op(backend: str | None) -> Run:
         def run(p: float) -> tuple[Tensor, Tensor]:
             dropout = Dropout.draw(p, DEVICE) if p > 0 else None
             return add_layer_norm(x, residual, weight, bias, dropout=dropout, pos=pos, backend=backend)
@@ -83,7 +84,7 @@ def runs(tensors: list[Tensor]) -> dict[str, Run]:
         return run
 
     able = [name for name, reason in OP.reasons(DEVICE).items() if reason is None]
-    return {"original": original, **{name: op(name) for name in able}}
+    return {"original": original, "detr_fast": op(None), **{name: op(name) for name in able}}
 
 
 def inference(rows: int) -> Contest:
