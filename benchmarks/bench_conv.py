@@ -135,5 +135,5 @@ def floor(shape: ConvShape) -> Contestant:
     """As many multiplications and additions on registers, on all threads."""
     rounds = int(shape.gflop * 1e9)
     return Contestant(
-        "multiply and add", lambda: _native.module().multiply_and_add_cpu(rounds, torch.get_num_threads())
+        "floor: multiply and add", lambda: _native.module().multiply_and_add_cpu(rounds, torch.get_num_threads())
     )

@@ -61,7 +61,7 @@ def inference(shape: InferenceShape, ways: tuple[str, ...], tolerance: float) ->
         torch.testing.assert_close(boxes, expected, rtol=0, atol=tolerance)
 
     contestants = [Contestant(name, partial(boxes_of, run, images)) for name, run in runs.items()]
-    floor = Contestant("matrix products", partial(multiply, counter.get_total_flops(), torch.randn(2048, 2048)))
+    floor = Contestant("floor: matrix products", partial(multiply, counter.get_total_flops(), torch.randn(2048, 2048)))
     return Contest(contestants, check, floors=[floor], skipped={k: v for k, v in missing().items() if k in ways})
 
 
