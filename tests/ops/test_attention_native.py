@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 
 import pytest
@@ -68,6 +69,15 @@ def test_weights_too_small_to_be_normal() -> None:
     assert (out.double() - oracle(in_double(far_apart))).abs().max() <= tolerance
     tiny = torch.full((1,), 1e-39)
     assert (tiny + tiny).item() > 1.5e-39
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="only on x86 do they count for nothing")
+def test_a_result_too_small_to_be_normal_is_zero() -> None:
+    offsets = TokenOffsets.of([1], "cpu"), TokenOffsets.of([2], "cpu")
+    query, value = torch.ones(1, 1, 16), torch.tensor([0.0, 1e-3]).view(2, 1, 1).expand(2, 1, 16)
+    key = torch.tensor([0.0, -100 / 16]).view(2, 1, 1).expand(2, 1, 16)  # scores 0 and -100
+    out, _ = attention_native(AttentionInputs(query, key, value, *offsets, 1.0, None))
+    assert torch.equal(out.view(torch.int32), torch.zeros_like(out, dtype=torch.int32))  # == takes both for equal
 
 
 @pytest.mark.usefixtures("vector_bytes")

@@ -233,3 +233,15 @@ def test_memory_that_cannot_be_written_to_is_refused() -> None:
         conv(x.requires_grad_(), packed)
     with torch.no_grad():
         conv(x, packed)
+
+
+def test_of_two_that_pack_at_once_both_get_the_first() -> None:
+    """Whoever is late must not replace what the other one already reads from."""
+    packed, first = PackedConv.of(torch.randn(2, 2, 1, 1)), []
+
+    def overtaken(packed: PackedConv) -> torch.Tensor:
+        first.append(packed.form("gemm", lambda _: torch.zeros(1)))
+        return torch.ones(1)
+
+    assert packed.form("gemm", overtaken) is first[0]
+    assert packed.form("gemm", overtaken) is first[0] and len(first) == 1
