@@ -22,7 +22,7 @@ for file in benchmarks/bench_*.py; do
     name=$(basename "$file")
     case " ${pieces[*]} " in
         *" $name "*) ;;
-        *) piece=${name#bench_} && pieces[${piece%.py}]=$name ;;
+        *) piece=${name#bench_} && piece=${piece%.py} && pieces[${piece//_/-}]=$name ;;
     esac
 done
 
