@@ -27,13 +27,19 @@ def random_masks(batch: int, queries: int = 12, classes: int = 5, size: tuple[in
 
 
 def step_by_step(logits: Tensor, masks: Tensor, size: tuple, target: tuple, threshold: float) -> tuple:
-    """One image: a picture of ids and the (class, area) of each segment, with nothing done ahead or at once."""
+    """One image: a picture of ids and the (class, area) of each segment, with nothing done ahead or at once.
+
+    Also whether rounding may decide a pixel: two logits of which the higher is barely so.
+    """
     probability, label = logits.softmax(-1).max(-1)
     keep = [q for q in range(len(logits)) if label[q] != logits.shape[-1] - 1 and probability[q] > threshold]
     classes = [int(label[q]) for q in keep]
     maps = [F.interpolate(masks[q][None, None], size, mode="bilinear")[0, 0] for q in keep]
-    merge = True
+    merge, close = True, False
     while True:
+        if len(maps) > 1:
+            best, second = torch.stack(maps).topk(2, 0).values
+            close |= bool((best - second < 1e-5).any())
         ids = torch.stack(maps).softmax(0).argmax(0) if maps else torch.zeros(size, dtype=torch.int64)
         for later in range(len(maps)) if merge else ():
             same = [k for k in range(later) if classes[k] == classes[later] and not THINGS[classes[k]]]
@@ -44,7 +50,7 @@ def step_by_step(logits: Tensor, masks: Tensor, size: tuple, target: tuple, thre
         )
         areas = [int((picture == k).sum()) for k in range(len(maps))]
         if all(area > 4 for area in areas):
-            return picture, list(zip(classes, areas, strict=True))
+            return picture, list(zip(classes, areas, strict=True)), close
         maps = [m for m, area in zip(maps, areas, strict=True) if area > 4]
         classes = [c for c, area in zip(classes, areas, strict=True) if area > 4]
         merge = False
@@ -65,7 +71,9 @@ def test_segments_are_those_of_the_original(threshold: float) -> None:
         results = postprocess(outputs, sizes, torch.tensor(targets))
         for i, result in enumerate(results):
             logits, masks = outputs["pred_logits"][i], outputs["pred_masks"][i]
-            picture, segments = step_by_step(logits, masks, sizes[i], targets[i], threshold)
+            picture, segments, close = step_by_step(logits, masks, sizes[i], targets[i], threshold)
+            if close:
+                continue
             np.testing.assert_array_equal(read_png(result["png_string"]), picture)
             assert result["segments_info"] == [
                 {"id": k, "isthing": THINGS[c], "category_id": c, "area": a} for k, (c, a) in enumerate(segments)
