@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,9 +93,8 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Mod
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     benchmarks = [item for item in items if here in item.path.parents]
-    for number, item in enumerate(benchmarks, start=1):
+    for item in benchmarks:
         item.add_marker(pytest.mark.benchmark(timer=tape_clock))
-        item.stash[PLACE] = f"{number} of {len(benchmarks)}"
         if not config.getoption("--benchmark"):
             item.add_marker(pytest.mark.skip(reason="a benchmark: runs with --benchmark"))
         elif config.getoption("--benchmark-quick") and item.get_closest_marker("large"):
@@ -106,6 +104,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 PLACE = pytest.StashKey[str]()
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Number what is left after ``-k``, for the progress line."""
+    for number, item in enumerate(session.items, start=1):
+        item.stash[PLACE] = f"{number} of {len(session.items)}"
+
+
 def pytest_report_header(config: pytest.Config) -> list[str]:
     if not config.getoption("--benchmark"):
         return []
@@ -113,7 +117,13 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    machine_info["detr_fast"] = machine.describe()
+    """Only what two runs on one machine have in common: pytest-benchmark warns where it differs."""
+    described = machine.describe()
+    machine_info["detr_fast"] = {key: described[key] for key in ("cpu", "memory", "gpu", "system", "versions")}
+
+
+def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
+    output_json["detr_fast"] = machine.describe()
 
 
 @pytest.fixture
@@ -184,9 +194,6 @@ def record(benchmark: Any, name: str, timing: Timing) -> None:
     benchmark.pedantic(TAPE.play, args=(seconds,), rounds=len(timing.seconds))
 
 
-STARTED = time.monotonic()
-
-
 def show_progress(config: pytest.Config, text: str) -> None:
     """Begin a line on the terminal, past pytest's capturing of output; pytest goes on in it."""
     capture = config.pluginmanager.getplugin("capturemanager")
@@ -194,7 +201,7 @@ def show_progress(config: pytest.Config, text: str) -> None:
     if reporter is None or config.get_verbosity() < -1:
         return
     with capture.global_and_fixture_disabled():
-        reporter.write(f"\n{time.monotonic() - STARTED:5.0f} s {text} ", flush=True)
+        reporter.write(f"\n{machine.elapsed_seconds():5} s {text} ", flush=True)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
+import time
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
+STARTED = time.monotonic()
 PACKAGES = ("detr_fast", "torch", "triton", "numpy", "scipy", "transformers")
 
 
@@ -25,8 +28,13 @@ def describe() -> dict[str, str]:
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         "versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
         "commit": commit(),
-        "command": " ".join(["pytest", *sys.argv[1:]]),
+        "command": shlex.join(["pytest", *sys.argv[1:]]),
     }
+
+
+def elapsed_seconds() -> int:
+    """Since the benchmarks were read."""
+    return round(time.monotonic() - STARTED)
 
 
 def cpu_name() -> str:
@@ -46,10 +54,18 @@ def version(package: str) -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, with "+ changes" where files differ from it; "unknown" outside of a checkout."""
-    here = Path(__file__).parent
+    """The checkout's commit, with "+ changes" where code differs from it; "unknown" outside of a checkout.
+
+    Results and the README, which a run of all benchmarks writes, do not count.
+    """
     try:
-        run = ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--dirty= + changes", "--exclude=*"]
-        return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/benchmarks/results", ":!/*.md")
+        return git("rev-parse", "--short=12", "HEAD") + (" + changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def git(*arguments: str) -> str:
+    """What git says of this checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -43,9 +43,10 @@ def write_results(
     refused: Mapping[str, Exception],
     skipped: Mapping[str, Mapping[str, str]],
 ) -> None:
-    """Machine, versions, commit, command and every timing of this run as JSON, a line a contestant."""
+    """Machine, versions, commit, command, how long the run took, and every timing as JSON, a line a contestant."""
     reasons = {name: str(error) for name, error in refused.items()}
-    head = {**machine.describe(), "refused": reasons, "skipped": {name: why for name, why in skipped.items() if why}}
+    head = {**machine.describe(), "elapsed_seconds": machine.elapsed_seconds(), "refused": reasons}
+    head["skipped"] = {name: why for name, why in skipped.items() if why}
     lines = [f'"{key}": {json.dumps(value)}' for key, value in head.items()]
     if parts:
         lines.append('"parts": {\n' + ",\n".join(f'"{name}": {listed(of)}' for name, of in parts.items()) + "\n}")

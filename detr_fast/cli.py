@@ -252,17 +252,17 @@ def bench_report(
     """Turn results of the benchmarks into one HTML page, and fill the README's tables."""
     from detr_fast.bench import compare as comparison
     from detr_fast.bench import page, tables
+    from detr_fast.bench.findings import read_findings
     from detr_fast.bench.results import read_all
 
-    found = read_all(results or sorted(Path("benchmarks/results").glob("*.json")))
     if compare:
-        if len(found) != 2:
-            raise ValueError(f"compare must be given two results files, got {len(found)}")
-        print(comparison.render(comparison.changes(*found)))
+        print(comparison.render(comparison.changes(*comparison.read_two(results or []))))
         return
+    files = results or sorted(Path("benchmarks/results").glob("*.json"))
+    found = read_all(files)
     if readme is not None:
         readme.write_text(tables.fill_tables(readme.read_text(), found))
-    output.write_text(page.render(found))
+    output.write_text(page.render(found, read_findings(files)))
     print(output)
 
 

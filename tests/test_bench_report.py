@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from detr_fast.bench import compare, growth, page, tables
+from detr_fast.bench.findings import read_findings
 from detr_fast.bench.results import format_seconds, read_all
 
 REPOSITORY = Path(__file__).parent.parent
@@ -40,8 +41,9 @@ def files(tmp_path: Path) -> list[Path]:
     }
     matching = [entry("original", 0.01, 1.0), entry("native", 0.001, 10.0, floor_share=0.5)]
     matching += [entry("floor: logits read", 0.0005, 20.0)]
-    step = [entry("original", 2.0, 1.0), entry("detr_fast", 1.0, 2.0, kernels=700, host_waits=0)]
+    step = [entry(n, s, r, kernels=700, host_waits=0) for n, s, r in (("original", 2.0, 1.0), ("detr_fast", 1.0, 2.0))]
     parts = {"train step": {"backbone": step, "matcher": [entry("original", 1.0, 1.0), entry("detr_fast", 1.0, 1.0)]}}
+    parts["train step"]["(data, beside it)"] = [entry("original", 0.03, 1.0), entry("detr_fast", 0.008, 1.0)]
     skipped = {"matching coco-2": {"lapx": "not installed"}}
     cpu = write(
         tmp_path, "cpu", square | {"matching coco-2": matching}, skipped=skipped, refused={"loss": "x is wrong"}
@@ -80,6 +82,36 @@ def test_the_page_stands_alone_and_says_where_numbers_come_from(files):
     assert text.count("<svg") == 4, "a curve, a contest, the parts of a step, and the step"
     assert "exponent 2.00 ± 0.00" in text and "exponent 1.00 ± 0.00" in text
     assert "<td>2.00 s (67 %)</td><td>1.00 s (50 %)</td>" in text
+    assert "<td>30.0 ms (1.0 %)</td><td>8.00 ms (0.40 %)</td>" in text, "shares are of the parts without brackets"
+    assert "waits for the device: original 0 times, detr_fast 0 times" in text
+
+
+def test_checks_without_a_clock_are_on_the_page(tmp_path, files):
+    kinds = {kind: {"problems": 12345, "excess": 0.123456} for kind in ("uniform", "<integers>")}
+    runs = [{"command": f"check --seed {seed}", "seconds": 3, "kinds": kinds} for seed in (1, 2)]
+    (tmp_path / "exactness.json").write_text(json.dumps(runs))
+    sharpness = {"command": "sharpen", "trained": {"plain": {"AP": 0.5}, "sharp": {"AP": 0.6}}, "true": {"PQ": 0.9}}
+    (tmp_path / "sharpness.json").write_text(json.dumps(sharpness))
+    findings = read_findings(tmp_path.glob("*.json"))
+    assert [of.name for of in findings] == ["exactness", "sharpness"], "results files are not among them"
+    (run,) = findings[1].runs
+    assert run.command == "sharpen" and run.facts == {}
+    assert run.tables() == [{"trained: plain": {"AP": 0.5}, "trained: sharp": {"AP": 0.6}}, {"true": {"PQ": 0.9}}]
+    text = page.render(read_all(files), findings)
+    checker = Checker()
+    checker.feed(text)
+    assert checker.open == [] and checker.loaded == []
+    for expected in ("check --seed 2", "seconds: 3", "<td>kinds: &lt;integers&gt;</td><td>12,345</td><td>0.1235</td>"):
+        assert expected in text
+    (tmp_path / "half.json").write_text("{")
+    with pytest.raises(ValueError, match="half.json must be JSON"):
+        read_findings([tmp_path / "half.json"])
+
+
+def test_the_kept_checks_are_read():
+    found = {of.name: of for of in read_findings(KEPT.glob("*.json"))}
+    assert {"exactness", "mask_sharpness"} <= set(found)
+    assert all(run.rows for of in found.values() for run in of.runs)
 
 
 def test_what_no_gpu_ran_is_shown_as_not_measured(files):
@@ -147,6 +179,12 @@ def test_two_runs_side_by_side(tmp_path):
     assert [change.beyond_spread for change in found] == [False]
     assert "0 of 1 ratios moved" in compare.render(found)
     assert "  moved" in compare.render(compare.changes(*read_all([before, moved])))
+    (tmp_path / "again").mkdir()
+    namesake = write(tmp_path / "again", "a", contest(20.0))
+    (change,) = compare.changes(*compare.read_two([namesake, before]))
+    assert (change.before.ratio, change.after.ratio) == (20.0, 10.0), "in the order in which they were named"
+    with pytest.raises(ValueError, match=r"must be given two results files, got \['[^']*a.json'\]"):
+        compare.read_two([before])
     other = write(tmp_path, "d", contest(10.0), gpu="H100")
     with pytest.raises(ValueError, match="two files of one machine, got 'none' and 'H100'"):
         compare.changes(*read_all([before, other]))
@@ -173,6 +211,10 @@ def test_the_command(tmp_path, files):
     assert output.read_text().startswith("<!DOCTYPE html>")
     assert "| x | 1.00 ms |" in readme.read_text()
     run = CliRunner().invoke(app, ["bench-report", "--compare", str(files[0]), str(files[0])])
+    assert run.exit_code == 0 and "0 of 4 ratios moved" in run.output
+    run = CliRunner().invoke(app, ["bench-report", "--compare"])
+    assert isinstance(run.exception, ValueError) and "compare must be given two" in str(run.exception)
+    run = CliRunner().invoke(app, ["bench-report", str(files[0]), str(files[0])])
     assert isinstance(run.exception, ValueError) and "different names" in str(run.exception)
 
 

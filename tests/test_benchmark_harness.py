@@ -154,14 +154,20 @@ def test_the_benchmark_option_runs_them_and_writes_both_files(tmp_path):
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert "commit: " in run.stdout
+    assert "[1 of 7] matching coco-2" in run.stdout, "the progress line counts what -k picks"
     written = json.loads(results.read_text())
     assert {"cpu", "versions", "commit", "command"} <= set(written)
+    assert 0 < written["elapsed_seconds"] < 300
+    assert "-k 'test_matching and coco-2 and not cost'" in written["command"], "it can be typed as it stands"
     ours = {
         (contest, entry["contestant"]): entry for contest, entries in written["contests"].items() for entry in entries
     }
     expected = {("matching coco-2", name) for name in ("original", "detr_fast", "match_layers", "reference")}
     assert expected <= set(ours)
-    for entry in json.loads(theirs.read_text())["benchmarks"]:
+    saved = json.loads(theirs.read_text())
+    assert saved["detr_fast"]["command"] == written["command"]
+    assert "command" not in saved["machine_info"]["detr_fast"], "pytest-benchmark warns where it differs between runs"
+    for entry in saved["benchmarks"]:
         same = ours[entry["group"], entry["params"]["contestant"]]
         assert entry["stats"]["median"] == pytest.approx(same["median_seconds"], rel=1e-6)
         assert entry["extra_info"]["ratio"] == same["ratio_to_first"]

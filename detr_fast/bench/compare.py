@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from detr_fast.bench.results import Results, Row, format_ratio
+from detr_fast.bench.results import Results, Row, format_ratio, read_results
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,18 @@ class Change:
         """Whether the two runs' quartiles of the ratio do not overlap."""
         (low, high), (other_low, other_high) = self.before.ratio_quartiles, self.after.ratio_quartiles
         return high < other_low or other_high < low
+
+
+def read_two(files: Sequence[Path]) -> tuple[Results, Results]:
+    """Before and after, in this order.
+
+    Raises:
+        ValueError: there are not two files, or one holds no contests.
+    """
+    found = [results for file in files if (results := read_results(file)) is not None]
+    if len(files) != 2 or len(found) != 2:
+        raise ValueError(f"compare must be given two results files, got {[str(file) for file in files]}")
+    return found[0], found[1]
 
 
 def changes(before: Results, after: Results) -> list[Change]:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 GREY, LIGHT = "#6b7280", "#d1d5db"
-OUR_COLORS = (BLUE, GREEN, SKY, RED)
+# The same in every plot. Those that share a colour never meet.
+OUR_COLORS = dict(zip(OURS, (BLUE, SKY, GREEN, "#84cc16", SKY, RED, BLUE, GREEN, SKY), strict=True))
 OTHER_COLORS = (GREY, ORANGE, PINK, "#a16207", "#7c3aed", "#0f766e", "#9f1239", "#475569")
 PART_COLORS = (BLUE, SKY, GREEN, ORANGE, RED, PINK, "#a16207", "#7c3aed", GREY)
 OTHER_MARKERS = "sD^vP*X<>ph"
@@ -72,7 +73,8 @@ def growth(curve: Curve) -> str:
 
 
 def anatomy(parts: Contests) -> str:
-    """One bar for each contestant: the seconds of the parts of a call."""
+    """One bar for each contestant: the seconds of the parts of a call, but for those in brackets."""
+    parts = shares(parts)
     names = [row.name for row in next(iter(parts.values()))]
     figure, axes = _figure(height=1.6 + 0.5 * len(names))
     for y, name in enumerate(names):
@@ -86,13 +88,18 @@ def anatomy(parts: Contests) -> str:
     return _svg(figure)
 
 
+def shares(parts: Contests) -> Contests:
+    """The parts that make up the whole; those in brackets are in another part already, or happen beside the call."""
+    return {name: rows for name, rows in parts.items() if not name.startswith("(")}
+
+
 def _styles(contests: Iterable[Sequence[Row]]) -> dict[str, tuple[str, str]]:
     """Colour and marker of every contestant: ours as discs in strong colours."""
     names = list(dict.fromkeys(row.name for contest in contests for row in contest if not row.is_floor))
     ours, others = [n for n in names if n in OURS], [n for n in names if n not in OURS]
     return {
         **{name: (OTHER_COLORS[i % 8], OTHER_MARKERS[i % 11]) for i, name in enumerate(others)},
-        **{name: (OUR_COLORS[i % 4], "o") for i, name in enumerate(ours)},
+        **{name: (OUR_COLORS[name], "o") for name in ours},
     }
 
 
@@ -108,11 +115,12 @@ def _figure(width: float = 10.0, height: float = 4.0) -> tuple[Figure, Axes]:
 
 
 def _plain_ticks(axes: Axes) -> None:
-    """Decades; 1, 2 and 5 of each where there are few of them."""
+    """Decades; parts of each where there are few of them."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     low, high = axes.get_xlim()
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 200 else (1.0,)))
+    few, more = (1.0, 2.0, 5.0), (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
+    axes.xaxis.set_major_locator(LogLocator(subs=more if high / low < 6 else few if high / low < 200 else (1.0,)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
 

@@ -6,11 +6,13 @@ import html
 from collections.abc import Iterable, Sequence
 
 from detr_fast.bench import figures
+from detr_fast.bench.findings import Facts, Findings, Run
 from detr_fast.bench.growth import POINT, curves, fit
 from detr_fast.bench.results import Contests, Results, Row, format_bytes, format_ratio, format_seconds
 from detr_fast.bench.tables import NOT_MEASURED, OURS
 
 STYLE = """
+:root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2937; background: #fff; margin: 2rem auto; max-width: 1060px;
   padding: 0 1rem; }
 h1 { font-size: 1.9rem; } h2 { margin-top: 3rem; border-bottom: 2px solid #e5e7eb; } h3 { margin: 1.6rem 0 .4rem; }
@@ -19,19 +21,17 @@ th, td { padding: .18rem .7rem; text-align: right; border-bottom: 1px solid #e5e
 th:first-child, td:first-child, .text td, .text th { text-align: left; } th { color: #6b7280; font-weight: 600; }
 tr.ours td { background: #eff6ff; font-weight: 600; } tr.floor td, .absent { color: #9ca3af; }
 code { font-size: 12.5px; background: #f3f4f6; padding: .1rem .3rem; border-radius: 3px; overflow-wrap: anywhere; }
-svg { max-width: 100%; height: auto; } details { margin: .3rem 0; } summary { cursor: pointer; color: #374151; }
-.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 1rem; }
+svg { max-width: 100%; height: auto; } .wide svg { min-width: 700px; }
+details { margin: .3rem 0; } summary { cursor: pointer; color: #374151; }
+.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); gap: 1rem; }
 .refused { color: #b91c1c; } .scroll { overflow-x: auto; }
 """
 
 
-def render(results: Sequence[Results]) -> str:
+def render(results: Sequence[Results], findings: Sequence[Findings] = ()) -> str:
     """The whole page."""
-    sections = [_overview(results)]
-    for of in results:
-        sections.append(_section(of))
-    sections.append(_not_measured(results))
-    body = "\n".join(sections)
+    sections = [_overview(results, findings), *map(_section, results), *map(_findings, findings)]
+    body = "\n".join([*sections, _not_measured(results)])
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -42,10 +42,19 @@ def render(results: Sequence[Results]) -> str:
     )
 
 
-def _overview(results: Sequence[Results]) -> str:
-    rows = [[f'<a href="#{_id(of.name)}">{_text(of.name)}</a>', _text(of.head["cpu"]), _gpu(of)] for of in results]
-    rows = [[*row, str(len(of.contests))] for row, of in zip(rows, results, strict=True)]
-    return "<h2>Files</h2>" + _table(["file", "processor", "GPU", "contests"], rows, kind="text")
+def _overview(results: Sequence[Results], findings: Sequence[Findings]) -> str:
+    rows = [[_link(of.name), _text(of.head["cpu"]), _gpu(of), str(len(of.contests)), _elapsed(of)] for of in results]
+    table = _table(["file", "processor", "GPU", "contests", "took"], rows, kind="text")
+    others = ", ".join(_link(of.name) for of in findings)
+    return f"<h2>Files</h2>{table}" + (f"<p>Checks without a clock: {others}.</p>" if others else "")
+
+
+def _link(name: str) -> str:
+    return f'<a href="#{_id(name)}">{_text(name)}</a>'
+
+
+def _elapsed(results: Results) -> str:
+    return "" if results.elapsed_seconds is None else f"{results.elapsed_seconds} s"
 
 
 def _gpu(results: Results) -> str:
@@ -58,10 +67,11 @@ def _section(results: Results) -> str:
     pieces += [f'<p class="refused">{_text(name)}: refused. {_text(why)}</p>' for name, why in results.refused.items()]
     pieces += _growth(results.contests)
     for name, parts in results.parts.items():
-        pieces += [f"<h3>{_text(name)}: where the time goes</h3>", figures.anatomy(parts), _parts_table(parts)]
+        pieces += [f"<h3>{_text(name)}: where the time goes</h3>", _wide(figures.anatomy(parts)), _parts_table(parts)]
+        pieces.append(_host_waits(results.contests.get(name, [])))
     for family, contests in _families(results.contests).items():
         pieces.append(f"<h3>{_text(family)}</h3>")
-        pieces.append(figures.ratios(contests))
+        pieces.append(_wide(figures.ratios(contests)))
         pieces += [_contest(name, rows, results.skipped.get(name, {})) for name, rows in contests.items()]
     return "\n".join(pieces)
 
@@ -91,12 +101,26 @@ def _growth(contests: Contests) -> list[str]:
 def _parts_table(parts: Contests) -> str:
     """Seconds and share of each part, by contestant."""
     names = [row.name for row in next(iter(parts.values()))]
-    totals = {name: sum(_of(rows, name) for rows in parts.values()) for name in names}
+    totals = {name: sum(_of(rows, name) for rows in figures.shares(parts).values()) for name in names}
     body = [
-        [_text(part), *(f"{format_seconds(_of(rows, n))} ({100 * _of(rows, n) / totals[n]:.0f} %)" for n in names)]
+        [_text(part), *(f"{format_seconds(_of(rows, n))} ({_percent(_of(rows, n) / totals[n])})" for n in names)]
         for part, rows in parts.items()
     ]
     return _table(["part", *map(_text, names)], body)
+
+
+def _percent(share: float) -> str:
+    """Two digits."""
+    digits = 0 if share >= 0.0995 else 1 if share >= 0.00995 else 2
+    return f"{100 * share:.{digits}f} %"
+
+
+def _host_waits(rows: Sequence[Row]) -> str:
+    """A sentence on how often the host waits in a call."""
+    counted = [f"{_text(row.name)} {row.host_waits} times" for row in rows if row.host_waits is not None]
+    if not counted:
+        return "<p>On a CPU there is no device that the host could wait for.</p>"
+    return f"<p>In a call the host waits for the device: {', '.join(counted)}.</p>"
 
 
 def _of(rows: Sequence[Row], name: str) -> float:
@@ -125,7 +149,8 @@ def _contest(name: str, rows: Sequence[Row], skipped: dict[str, str]) -> str:
     absent = "; ".join(f"{_text(who)}: {_text(why)}" for who, why in skipped.items())
     note = f'<p class="absent">Did not take part: {absent}</p>' if absent else ""
     best = max((row for row in rows if row.name in OURS), key=lambda row: row.ratio, default=rows[0])
-    summary = f"{_text(name)}: {_text(best.name)} {format_seconds(best.median)}, {format_ratio(best.ratio)} times"
+    speed = f"{format_seconds(best.median)}, {format_ratio(best.ratio)} times as fast as {_text(rows[0].name)}"
+    summary = f"{_text(name)}: {_text(best.name)} {speed}"
     return f"<details><summary>{summary}</summary>{_table(head, body, classes=classes)}{note}</details>"
 
 
@@ -139,6 +164,31 @@ def _cells(row: Row, with_floor: bool, on_gpu: bool) -> list[str]:
     if with_floor:
         cells.append("" if row.floor_share is None else f"{100 * row.floor_share:.0f} %")
     return [*cells, str(row.kernels), str(row.host_waits)] if on_gpu else cells
+
+
+def _findings(findings: Findings) -> str:
+    """One file of a check: a block for each of its runs."""
+    runs = [f"<details{' open' * (number == 0)}>{_run(run)}</details>" for number, run in enumerate(findings.runs)]
+    return "\n".join([f'<h2 id="{_id(findings.name)}">{_text(findings.name)}</h2>', *runs])
+
+
+def _run(run: Run) -> str:
+    facts = "<br>".join(f"{_text(name)}: {_text(_value(value))}" for name, value in run.facts.items())
+    tables = "".join(_facts_table(table) for table in run.tables())
+    return f"<summary><code>{_text(run.command)}</code></summary><p>{facts}</p>{tables}"
+
+
+def _facts_table(rows: dict[str, Facts]) -> str:
+    columns = list(next(iter(rows.values())))
+    body = [[_text(name), *(_text(_value(value)) for value in facts.values())] for name, facts in rows.items()]
+    return _table(["", *(_text(column.replace("_", " ")) for column in columns)], body)
+
+
+def _value(value: object) -> str:
+    """Four digits of a number with a fraction, groups of three of a whole one."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _not_measured(results: Sequence[Results]) -> str:
@@ -161,6 +211,11 @@ def _table(head: Iterable[str], rows: Sequence[Sequence[str]], kind: str = "", c
         for of, row in zip(of_rows, rows, strict=True)
     ]
     return f'<div class="scroll"><table class="{kind}"><tr>{top}</tr>\n' + "\n".join(lines) + "</table></div>"
+
+
+def _wide(figure: str) -> str:
+    """Scrolls in a narrow window."""
+    return f'<div class="scroll wide">{figure}</div>'
 
 
 def _text(text: str) -> str:

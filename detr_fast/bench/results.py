@@ -53,6 +53,7 @@ class Results:
         parts: of some contests, rows by part of a call.
         refused: contests without a speed, because a contestant was wrong, and what was wrong.
         skipped: by contest, who did not take part, and why.
+        elapsed_seconds: how long the whole run took, where it was recorded.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Results:
     parts: dict[str, Contests]
     refused: dict[str, str]
     skipped: dict[str, dict[str, str]]
+    elapsed_seconds: int | None = None
 
     @property
     def has_gpu(self) -> bool:
@@ -85,6 +87,7 @@ def read_results(file: Path) -> Results | None:
             parts={name: _contests(parts) for name, parts in content.get("parts", {}).items()},
             refused=content.get("refused", {}),
             skipped=content.get("skipped", {}),
+            elapsed_seconds=content.get("elapsed_seconds"),
         )
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{file} must be a results file of the benchmarks: {error!r}") from error
