@@ -145,7 +145,7 @@ def evaluate(
 
 @app.command()
 def predict(
-    images: Annotated[list[str], typer.Argument(help="files, folders and glob patterns")],
+    images: Annotated[list[str], typer.Argument(help="files, folders and glob patterns of images and videos")],
     checkpoint: Annotated[Path, typer.Option(help="weights, ours or the original's")],
     output: Annotated[Path, typer.Option(help="folder for pictures and predictions.json")] = Path("predictions"),
     threshold: Annotated[
@@ -162,6 +162,7 @@ def predict(
     categories: Annotated[
         Path | None, typer.Option(help="COCO file that names the classes and says which are things, not the checkpoint")
     ] = None,
+    every: Annotated[int, typer.Option(min=1, help="of videos: each so many-th frame")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="images per batch")] = 1,
     device: Device = "auto",
     size: Size = None,
@@ -173,9 +174,11 @@ def predict(
 ) -> None:
     """Draw labelled boxes on images and write them in COCO's results format; exit code 1 where an image failed.
 
-    With --panoptic the pictures show segments, and panoptic/ and panoptic.json are in COCO's panoptic format.
+    With --panoptic the pictures show segments, and panoptic/ and panoptic.json are in COCO's panoptic format. A video
+    gives an annotated .mp4 and a .jsonl with a line for each frame.
     """
-    from detr_fast.predict import AttentionFigures, predict_files
+    from detr_fast.predict import AttentionFigures
+    from detr_fast.predict_video import predict_inputs
     from detr_fast.predictor import Predictor
     from detr_fast.train import choose_device
 
@@ -196,17 +199,19 @@ def predict(
         sharp_masks=sharp_masks,
         **settings,
     )
-    summary = predict_files(
+    summaries = predict_inputs(
         images,
         predictor,
         output,
-        annotations=annotations,
         recursive=recursive,
-        attention=figures,
+        every=every,
         panoptic=settings.get("threshold", 0.85) if panoptic else None,
+        annotations=annotations,
+        attention=figures,
     )
-    print(summary.render(), file=sys.stderr if summary.failed else sys.stdout)
-    if summary.failed:
+    for summary in summaries:
+        print(summary.render(), file=sys.stdout if summary.ok else sys.stderr)
+    if not all(summary.ok for summary in summaries):
         raise typer.Exit(1)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, repeat
 from typing import TypeVar
 
 import torch
@@ -37,6 +37,18 @@ def ahead(work: Callable[[Item], Result], items: Iterable[Item], pool: Executor 
         yield pending.popleft().result()
 
 
+def ahead_in_order(items: Iterable[Item], pool: Executor | None, count: int) -> Iterator[Item]:
+    """The same items, made by the one thread of ``pool`` that keeps ``count`` of them ready; without it, by the caller.
+
+    For what must be made in order, such as the frames of a video.
+    """
+    iterator, end = iter(items), object()
+    for item in ahead(lambda _: next(iterator, end), repeat(None), pool, count):
+        if item is end:
+            return
+        yield item  # type: ignore[misc]  # it is not ``end``
+
+
 def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     """Lists of ``size`` items; the last may be shorter."""
     iterator = iter(items)
@@ -56,6 +68,16 @@ def helpers(device: torch.device) -> Iterator[Executor | None]:
         yield None
         return
     with ThreadPoolExecutor(count) as pool:
+        yield pool
+
+
+@contextmanager
+def one_thread(beside: Executor | None) -> Iterator[Executor | None]:
+    """One more thread, for what must go in order; None where ``beside`` says that there is no core for it."""
+    if beside is None:
+        yield None
+        return
+    with ThreadPoolExecutor(1) as pool:
         yield pool
 
 

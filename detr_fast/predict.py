@@ -191,7 +191,7 @@ class _Job(NamedTuple):
 
 def _plan(paths: list[Path], output: Path, annotations: str | os.PathLike[str] | dict[str, Any] | None) -> list[_Job]:
     """Settle every name and id, so that whatever cannot work is known before the first image is read."""
-    stems = _output_stems(paths)
+    stems = output_stems(paths)
     _check_inputs_survive(paths, output, stems)
     if annotations is None:
         return [_Job(path, stem, i, None) for i, (path, stem) in enumerate(zip(paths, stems, strict=True), 1)]
@@ -203,7 +203,7 @@ def _plan(paths: list[Path], output: Path, annotations: str | os.PathLike[str] |
     return [_Job(*columns) for columns in zip(paths, stems, ids, entries, strict=True)]
 
 
-def _output_stems(paths: list[Path]) -> list[str]:
+def output_stems(paths: list[Path]) -> list[str]:
     """Name the outputs of each file after it; "_2" and so on keep files of one name apart, on any file system."""
     taken: set[str] = set()
     stems = []
@@ -294,20 +294,12 @@ class _Run:
     def detect(self, read: Iterable[_Found]) -> Iterator[_Found]:
         for batch in batches(read, self.predictor.batch_size):
             readable = [found for found in batch if found.image is not None]
-            for found, prediction in zip(readable, self._predict([found.image for found in readable]), strict=True):
+            images = [found.image for found in readable if found.image is not None]
+            for found, prediction in zip(readable, predict_batch(self.predictor, images, self.panoptic), strict=True):
                 found.prediction, found.entry = prediction, _image_entry(found.job, prediction)
                 if self.figures is not None:
                     _write_attention(found, self.predictor, self.figures, self.output)
             yield from batch
-
-    def _predict(self, images: Sequence[Any]) -> Sequence[Prediction | PanopticPrediction]:
-        if not images:
-            return []
-        return (
-            self.predictor(images)
-            if self.panoptic is None
-            else self.predictor.panoptic(images, threshold=self.panoptic)
-        )
 
     def write(self, found: _Found, done: list[_Found]) -> None:
         """Write an image's files; only then does it stand in ``done``, without its pixels."""
@@ -321,6 +313,15 @@ class _Run:
                 found.predictions = prediction.to_coco(job.image_id)
         found.image = found.prediction = None
         done.append(found)
+
+
+def predict_batch(
+    predictor: Predictor, images: Sequence[PreparedImage], panoptic: float | None
+) -> Sequence[Prediction | PanopticPrediction]:
+    """Boxes, or segments of queries whose class is at least ``panoptic`` probable, of any number of images."""
+    if not images:
+        return []
+    return predictor(images) if panoptic is None else predictor.panoptic(images, threshold=panoptic)
 
 
 def _image_entry(job: _Job, prediction: Prediction | PanopticPrediction) -> dict[str, Any]:
@@ -338,7 +339,7 @@ def _panoptic_categories(predictor: Predictor) -> list[dict[str, Any]]:
 
 def _write_segments(job: _Job, prediction: PanopticPrediction, output: Path) -> dict[str, Any]:
     name = f"{job.stem}.png"
-    _write_whole(output / SEGMENTS / name, lambda partial: partial.write_bytes(prediction.png()))
+    write_whole(output / SEGMENTS / name, lambda partial: partial.write_bytes(prediction.png()))
     return prediction.to_coco(job.image_id, name)
 
 
@@ -346,10 +347,10 @@ def _write_picture(stem: Path, drawn: Image.Image) -> Path:
     # with_suffix would cut "frame.0001" short.
     if max(drawn.size) <= LARGEST_JPEG_PX:
         path = stem.with_name(stem.name + ".jpg")
-        _write_whole(path, lambda partial: drawn.save(partial, format="JPEG", quality=92, subsampling=0))
+        write_whole(path, lambda partial: drawn.save(partial, format="JPEG", quality=92, subsampling=0))
     else:
         path = stem.with_name(stem.name + ".png")
-        _write_whole(path, lambda partial: drawn.save(partial, format="PNG"))
+        write_whole(path, lambda partial: drawn.save(partial, format="PNG"))
     return path
 
 
@@ -362,15 +363,15 @@ def _write_attention(found: _Found, predictor: Predictor, figures: AttentionFigu
         # The points of the run may lie outside one of its images; the others still get their figures.
         found.failure = str(error)
         return
-    _write_whole(path, lambda partial: draw_attention(maps, partial))
+    write_whole(path, lambda partial: draw_attention(maps, partial))
     found.entry["attention"] = path.name
 
 
 def _write_json(path: Path, contents: Any) -> None:
-    _write_whole(path, lambda partial: partial.write_text(json.dumps(contents), encoding="utf-8"))
+    write_whole(path, lambda partial: partial.write_text(json.dumps(contents), encoding="utf-8"))
 
 
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file all or nothing: an interrupted run leaves no half of one."""
     partial = path.with_name(f".{path.name}.tmp")
     try:

@@ -179,6 +179,20 @@ def test_predict(run: Run, trained: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "q").glob("*attention*"))
 
 
+def test_predict_on_a_video(run: Run, trained: Path, tmp_path: Path) -> None:
+    pytest.importorskip("av", reason="needs PyAV, which the test extra installs")
+    from test_video import make_video
+
+    video, out = make_video(tmp_path / "a.mp4", 10), tmp_path / "out"
+    (tmp_path / "b.mp4").write_bytes(b"not a video")
+    arguments = ["--checkpoint", trained / "out" / "checkpoint.pth", "--device", "cpu", "--output", out, "--every", 2]
+    ended = run("predict", trained / "val", video, tmp_path / "b.mp4", *arguments)
+    assert ended.code == 1
+    assert "in 4 images" in ended.out and "in 5 frames" in ended.out
+    assert re.search(r"failed: .*b\.mp4: .*Invalid data", ended.err)
+    assert len((out / "a.jsonl").read_text().splitlines()) == 5 and not list(out.glob("*b.mp4*"))
+
+
 def test_what_a_checkpoint_does_not_say_can_be_said(run: Run, trained: Path, tmp_path: Path) -> None:
     # A backbone without a dilated form shows that the option arrives.
     checkpoint = ["--checkpoint", trained / "out" / "checkpoint.pth", "--dilation"]

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from detr_fast.pipeline import Speed, ahead, batches, helpers, spare_cores
+from detr_fast.pipeline import Speed, ahead, ahead_in_order, batches, helpers, one_thread, spare_cores
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 100])
@@ -78,6 +78,40 @@ def test_a_model_on_the_cpu_keeps_its_cores(monkeypatch: pytest.MonkeyPatch) -> 
         assert spare_cores(torch.device("cuda")) == 4
         with helpers(torch.device("cpu")) as pool:
             assert (pool is None) == (expected == 0)
+
+
+def test_one_thread_makes_the_items_ahead_of_the_caller() -> None:
+    makers: set[int] = set()
+    made: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(20):
+            makers.add(threading.get_ident())
+            made.append(number)
+            yield number
+
+    with ThreadPoolExecutor(1) as pool:
+        taken = []
+        for item in ahead_in_order(items(), pool, 4):
+            taken.append(item)
+            assert len(made) <= len(taken) + 4
+    assert taken == list(range(20)) and len(makers) == 1 and threading.get_ident() not in makers
+    assert list(ahead_in_order([None, 3], None, 4)) == [None, 3]
+    assert list(ahead_in_order([], None, 4)) == []
+
+
+def test_an_error_of_the_items_comes_in_their_order() -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        raise KeyError("later")
+
+    with ThreadPoolExecutor(1) as pool, one_thread(pool) as thread:
+        results = ahead_in_order(items(), thread, 3)
+        assert next(results) == 1
+        with pytest.raises(KeyError, match="later"):
+            next(results)
+    with one_thread(None) as thread:
+        assert thread is None
 
 
 def test_batches() -> None:
