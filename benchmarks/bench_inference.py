@@ -15,8 +15,8 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import matrix_products
 from benchmarks.harness import Contest, Contestant
 from benchmarks.runtimes import WAYS, Run, model_of, tuned_malloc
 from benchmarks.shapes import INFERENCE_SHAPES, SMALL_IMAGE, InferenceShape
@@ -54,14 +54,14 @@ def inference(shape: InferenceShape, ways: tuple[str, ...], tolerance: float) ->
     model, images = model_of(shape), torch.randn(shape.batch, 3, *shape.image_size)
     with torch.no_grad():
         runs = {name: WAYS[name](model, images) for name in ways if name not in missing()}
-        with FlopCounterMode(display=False) as counter:
-            expected = WAYS["original"](model, images)(images)[1]
+        original = WAYS["original"](model, images)
+        expected = original(images)[1]
+        floor = matrix_products.floor(matrix_products.flops_of(lambda: original(images)))
 
     def check(boxes: Tensor) -> None:
         torch.testing.assert_close(boxes, expected, rtol=0, atol=tolerance)
 
     contestants = [Contestant(name, partial(boxes_of, run, images)) for name, run in runs.items()]
-    floor = Contestant("floor: matrix products", partial(multiply, counter.get_total_flops(), torch.randn(2048, 2048)))
     return Contest(contestants, check, floors=[floor], skipped={k: v for k, v in missing().items() if k in ways})
 
 
@@ -69,13 +69,6 @@ def inference(shape: InferenceShape, ways: tuple[str, ...], tolerance: float) ->
 def boxes_of(run: Run, images: Tensor) -> Tensor:
     """The boxes alone."""
     return run(images)[1]
-
-
-def multiply(flops: int, square: Tensor) -> None:
-    """So many operations, a multiplication and an addition being two."""
-    rows = flops // (2 * square.numel())
-    for start in range(0, rows, len(square)):
-        square[: rows - start] @ square
 
 
 def missing() -> dict[str, str]:

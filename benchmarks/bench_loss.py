@@ -1,7 +1,8 @@
 """The criterion, matching included: forward, the weighted sum of a training loop, and backward to the predictions.
 
 ``detr_fast`` is SetCriterion in the original's place and in the original's loop; ``total`` is the same criterion with
-its own weighted sum (``SetCriterion.total``); ``reference`` is ``detr_fast`` where nothing was compiled.
+its own weighted sum (``SetCriterion.total``); ``reference`` is ``detr_fast`` where nothing was compiled. The floors
+are the matching's.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import original_criterion, where
-from benchmarks.bench_matching import inputs
+from benchmarks.bench_matching import floors, inputs
 from benchmarks.harness import Contest, Contestant
 from benchmarks.shapes import LOSS_SHAPES, Shape
 from detr_fast import HungarianMatcher, SetCriterion
@@ -64,6 +65,7 @@ def contest(shape: Shape) -> Contest:
         [Contestant(name, way) for name, way in zip(CONTESTANTS, ways, strict=True)],
         lambda found: torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6),
         str(where.device()),
+        floors=floors([layer["pred_logits"].detach() for layer in layers]),
     )
 
 

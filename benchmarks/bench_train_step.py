@@ -1,7 +1,9 @@
 """A whole training step with ResNet-50, and the share of each of its parts, against the original way.
 
 A step is forward pass, matching and losses, backward pass, clipping, and AdamW with two learning rates (0 here, so that
-every step does the same). Other processes load its batch in the meantime: see ``bench_data``.
+every step does the same). Other processes load its batch in the meantime, which is a part in brackets; so is the
+matcher alone, called once more, because ours computes the matching together with the losses. The floor is the step's
+operations as products of matrices; Winograd's algorithm does with fewer.
 """
 
 from __future__ import annotations
@@ -14,12 +16,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import original_criterion, where
+from benchmarks import bench_data, matrix_products, original_criterion, where
 from benchmarks.anatomy import Clock, timings_of_parts
-from benchmarks.harness import Contest, Contestant
+from benchmarks.harness import Contest, Contestant, Timing, compare
 from benchmarks.original import match_layers
 from benchmarks.original_model import OriginalDetr, calibrate, optimizer_of
-from benchmarks.shapes import TRAIN_STEP, TrainShape
+from benchmarks.shapes import TRAIN_STEP, PhotographShape, TrainShape
 from detr_fast import SetCriterion, detr_resnet50
 from detr_fast.build import criterion_from_args
 from detr_fast.config import OptimConfig
@@ -84,9 +86,9 @@ class Step:
         self.clock.mark("transformer")
         if self.clock.running:
             self.match(outputs)
-            self.clock.mark("matcher")
+            self.clock.mark("(matcher alone)")
         total = self.loss(outputs, self.targets)
-        self.clock.mark("matcher and loss")
+        self.clock.mark("matcher and criterion")
         self.optimizer.zero_grad()
         total.backward()
         self.clock.mark("backward, backbone")
@@ -97,7 +99,7 @@ class Step:
     def _at_the_backbones_end(self, module: nn.Module, inputs: tuple[Tensor]) -> None:
         self.clock.mark("backbone")
         if inputs[0].requires_grad:
-            inputs[0].register_hook(lambda gradient: self.clock.mark("backward, transformer and loss"))
+            inputs[0].register_hook(lambda gradient: self.clock.mark("backward, transformer and criterion"))
 
     def total_and_norm(self, samples: Samples) -> tuple[Tensor, Tensor]:
         """The loss without dropout, and the norm of its gradient."""
@@ -184,12 +186,25 @@ def contest(shape: TrainShape) -> Contest:
     def check(step: Step) -> None:
         torch.testing.assert_close(step.total_and_norm(checked), (total, norm), rtol=1e-3, atol=0)
 
-    def parts() -> dict[str, list[Any]]:
-        return timings_of_parts({name: (step.clock, step.run) for name, step in steps.items()})
+    def parts() -> dict[str, list[Timing]]:
+        found = timings_of_parts({name: (step.clock, step.run) for name, step in steps.items()})
+        loading = compare(bench_data.contest(photographs(shape)), seconds_each=0.2, min_rounds=3)
+        return found | {"(data, in another process)": loading}
 
     return Contest(
-        [Contestant(name, step.run) for name, step in steps.items()], check, str(where.device()), parts=parts
+        [Contestant(name, step.run) for name, step in steps.items()],
+        check,
+        str(where.device()),
+        floors=[matrix_products.floor(matrix_products.flops_of(steps["original"].run), where.device())],
+        parts=parts,
     )
+
+
+def photographs(shape: TrainShape) -> PhotographShape:
+    """Files to load such a batch from: COCO's pictures are scaled up by a third."""
+    height, width = shape.image_size
+    size = (3 * width // 4, 3 * height // 4)
+    return PhotographShape(shape.name, size, len(shape.targets), min(shape.image_size), max(shape.image_size))
 
 
 def on_device(samples: Samples) -> tuple[ImageBatch, TargetBatch]:
