@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from detr_fast.drawing import class_color, draw_boxes
+from detr_fast.graphed_inference import without_graphs
 from detr_fast.models.tokens import TokenLayout
 from detr_fast.ops import attention_weights
 
@@ -101,7 +102,8 @@ def capture_attention(model: nn.Module) -> Iterator[AttentionCapture]:
     capture = AttentionCapture()
     handles = [layer.register_forward_pre_hook(_keep_inputs(capture, part)) for part, layer in layers.items()]
     try:
-        yield capture
+        with without_graphs():
+            yield capture
     finally:
         for handle in handles:
             handle.remove()

@@ -8,16 +8,23 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from detr_fast.graphed_inference import GraphedForward, GraphSizes
 from detr_fast.models.backbone import Backbone, ResNet
 from detr_fast.models.detr import Detr
 from detr_fast.models.packed_resnet import PackedResNet, can_pack
+from detr_fast.models.segmentation import DetrSegm
 from detr_fast.models.transformer import Transformer
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def optimize(
-    model: Model, *, dtype: torch.dtype | None = None, aux_outputs: bool = False, compile: bool = False
+    model: Model,
+    *,
+    dtype: torch.dtype | None = None,
+    aux_outputs: bool = False,
+    compile: bool = False,
+    cuda_graph: bool | GraphSizes = False,
 ) -> Model:
     """Make an inference copy of a model.
 
@@ -36,12 +43,20 @@ def optimize(
         aux_outputs: go on returning the outputs of the earlier decoder layers, where the model does; losses need them.
         compile: compile the transformer with ``torch.compile``, for any size, at its first call. It needs a C++
             compiler, and a pickle of the copy is not compiled.
+        cuda_graph: run a ``Detr`` or ``DetrSegm`` on a GPU as a CUDA graph of each size that comes twice, see
+            ``GraphedForward``; a ``GraphSizes`` says which batches share one, and how many there may be. It has not run
+            on a GPU yet.
 
     Raises:
-        ValueError: ``dtype`` is another one.
+        ValueError: ``dtype`` is another one, there is no GPU for ``cuda_graph``, or its sizes do not fit the model.
+        TypeError: ``cuda_graph`` is asked of another model.
     """
     if dtype not in (None, torch.bfloat16):
         raise ValueError(f"dtype must be None or torch.bfloat16, got {dtype}")
+    if cuda_graph and not torch.cuda.is_available():
+        raise ValueError("cuda_graph cannot be used here: torch finds no CUDA device")
+    if cuda_graph and not isinstance(model, (Detr, DetrSegm)):
+        raise TypeError(f"cuda_graph needs a Detr or a DetrSegm, got a {type(model).__name__}")
     # What is found in the memo is not copied but taken from it.
     fast: Model = copy.deepcopy(model, _packed_bodies(model, dtype))
     fast.eval().requires_grad_(False)
@@ -52,6 +67,9 @@ def optimize(
             _compute_in(dtype, module)
         if isinstance(module, Transformer) and compile:
             module.compile(dynamic=True)
+    if cuda_graph:
+        sizes = cuda_graph if isinstance(cuda_graph, GraphSizes) else GraphSizes()
+        fast.forward = GraphedForward(fast, sizes)  # type: ignore[method-assign]
     return fast
 
 

@@ -176,6 +176,12 @@ def test_a_packed_conv_can_be_pickled() -> None:
     assert repr(packed) == "PackedConv(40x17x3x3, stride=1, padding=1, dilation=1)"
 
 
+def test_weights_of_other_devices_lie_as_their_maps_do() -> None:
+    weight = torch.randn(8, 4, 3, 3)
+    elsewhere, here = (PackedConv.of(x).weight for x in (weight.to("meta"), weight))
+    assert elsewhere.is_contiguous(memory_format=torch.channels_last) and here.is_contiguous()
+
+
 def test_other_dtypes_take_the_reference() -> None:
     x, packed = case(LAYERS["3x3"])
     exactly = PackedConv.of(packed.weight.double(), None, padding=1)

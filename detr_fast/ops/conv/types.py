@@ -34,6 +34,8 @@ class PackedConv:
     ) -> PackedConv:
         """Of a convolution in one group; weight and bias are copied only where they are not contiguous.
 
+        On a GPU the weight lies as [K, R, S, C].
+
         Raises:
             ValueError: a shape or dtype is not as above, or stride, padding or dilation are too small.
         """
@@ -49,7 +51,10 @@ class PackedConv:
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer from {least} on, got {value!r}")
         plain = None if bias is None else bias.detach().contiguous()
-        return PackedConv(weight.detach().contiguous(), plain, stride, padding, dilation)
+        # As the maps lie, where a library computes: cuDNN would turn the weight at every call.
+        layout = torch.contiguous_format if weight.device.type == "cpu" else torch.channels_last
+        packed = weight.detach().contiguous(memory_format=layout)
+        return PackedConv(packed, plain, stride, padding, dilation)
 
     def out_size(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the result for a map of these; not positive where the kernel does not fit into it."""
