@@ -33,6 +33,10 @@ constexpr int64_t most_depth = 1024;
 constexpr int64_t most_input = 96 * 1024;  // floats
 constexpr int64_t most_rows = 192;
 
+// Tiles fetch what the next ones need. Up to this depth that is pixels, beyond it weights: layers of 64 to 256 channels
+// take 0.73 to 0.95 of their time so, of 1024 and 2048 channels 0.82 to 0.98.
+constexpr int64_t most_depth_of_pixels = 256;
+
 // Where the pixels lie whose weighted sum is a pixel of the result, for every tap and each of a tile's rows.
 void place_tile(const Layer& layer, int64_t first, int64_t count, int64_t rows, const float** left) {
     const auto& s = layer.shape;
@@ -54,26 +58,58 @@ void place_tile(const Layer& layer, int64_t first, int64_t count, int64_t rows, 
     }
 }
 
-// Pixels [first, end) of the result: for some taps at a time and a panel after the other, so that what a panel holds
-// for these taps meets all of the pixels while it is near.
+// Fetches the pixels that the next tile multiplies, in one piece, and the rows of the result that it goes to.
+class NextTile {
+  public:
+    DETR_FAST_INLINE NextTile(const float* x, int64_t x_floats, const float* out, int64_t row_step, int64_t row_floats,
+                              int64_t rows)
+        : x_(x),
+          x_end_(x + x_floats),
+          out_(out),
+          row_end_(out + row_floats),
+          row_step_(row_step),
+          row_floats_(row_floats),
+          rows_(rows) {}
+
+    DETR_FAST_INLINE void operator()() {
+        if (x_ < x_end_) prefetch(x_);
+        x_ += line;
+        if (rows_ == 0) return;
+        prefetch(out_);
+        out_ += line;
+        if (out_ < row_end_) return;
+        row_end_ += row_step_;
+        out_ = row_end_ - row_floats_;
+        --rows_;
+    }
+
+  private:
+    static constexpr int64_t line = 16;
+    const float *x_, *x_end_, *out_, *row_end_;
+    const int64_t row_step_, row_floats_;
+    int64_t rows_;
+};
+
+// Pixels [first, end) of the result, in some of its columns: for some taps at a time and a panel after the other, so
+// that what a panel holds for these taps meets all of the pixels while it is near.
 template <int Bytes>
 class Block {
   public:
     Block(const Layer& layer, int64_t first, int64_t end, const float** left)
         : layer_(layer), first_(first), end_(end), left_(left) {}
 
-    DETR_FAST_INLINE void run() {
-        const int64_t taps = layer_.taps(), columns = layer_.shape.out_channels;
+    DETR_FAST_INLINE void run(int64_t first_column, int64_t end_column) {
+        const int64_t taps = layer_.taps();
         const int64_t at_once = std::max<int64_t>(1, most_depth / layer_.shape.channels);
         for (int64_t p = first_; p < end_; p += rows) {
             place_tile(layer_, p, std::min<int64_t>(rows, end_ - p), rows, left_ + (p - first_) * taps);
         }
         for (tap_ = 0; tap_ < taps; tap_ += at_once) {
             taps_ = std::min(at_once, taps - tap_);
-            for (int64_t c = 0; c < columns; c += Tile<Bytes>::columns) {
+            for (int64_t c = first_column; c < end_column; c += Tile<Bytes>::columns) {
                 for (int64_t p = first_; p < end_; p += rows) {
                     const int64_t row_count = std::min<int64_t>(rows, end_ - p);
-                    const int64_t column_count = std::min<int64_t>(Tile<Bytes>::columns, columns - c);
+                    const int64_t column_count = std::min<int64_t>(Tile<Bytes>::columns, end_column - c);
                     const bool whole = row_count == rows && column_count == Tile<Bytes>::columns;
                     if (whole) whole_tile(p, c);
                     if (!whole) part_of_tile(p, row_count, c, column_count);
@@ -102,7 +138,26 @@ class Block {
         };
         const auto finish = [&](auto r, auto v, const Floats& sum)
                                 DETR_FAST_LAMBDA { store_as(out + r * step + v * width, sum < lowest ? lowest : sum); };
-        multiply(pixel, column, start, finish);
+        if (depth() <= most_depth_of_pixels) return multiply(pixel, column, start, finish, next_tile(pixel, column));
+        multiply(pixel, column, start, finish, next_panel(pixel, column));
+    }
+
+    // Few products for every number: what keeps a tile waiting is the map and the result.
+    DETR_FAST_INLINE NextTile next_tile(int64_t pixel, int64_t column) const {
+        const auto& s = layer_.shape;
+        // Only the first panel meets pixels that are not near yet.
+        const bool reads = column == 0 && layer_.taps() == 1 && s.stride == 1;
+        const float* const x = layer_.x + (pixel + rows) * s.channels;
+        const float* const out = layer_.out + (pixel + rows) * s.out_channels + column;
+        return {x, reads ? rows * s.channels : 0, out, s.out_channels, Tile<Bytes>::columns, is_first() ? rows : 0};
+    }
+
+    // Many: it is the weights.
+    DETR_FAST_INLINE NextPanel next_panel(int64_t pixel, int64_t column) const {
+        const int64_t tiles = (end_ - first_ + rows - 1) / rows, tile = (pixel - first_) / rows;
+        const int64_t part = column % panel_columns / Tile<Bytes>::columns * tiles + tile;
+        const float* const next = panel(column) + layer_.taps() * layer_.shape.channels * panel_columns;
+        return {next, depth(), part, panel_columns / Tile<Bytes>::columns * tiles};
     }
 
     // The last pixels or columns: the tile goes to memory, and of that what there is to the result.
@@ -124,12 +179,18 @@ class Block {
         }
     }
 
-    template <typename Start, typename Finish>
-    DETR_FAST_INLINE void multiply(int64_t pixel, int64_t column, const Start& start, const Finish& finish) const {
-        const int64_t taps = layer_.taps(), depth = layer_.shape.channels;
-        const float* const panel = layer_.packed + column / panel_columns * panel_columns * taps * depth;
-        multiply_tile<Bytes>(left_ + (pixel - first_) * taps + tap_ * rows, taps_, depth,
-                             panel + tap_ * depth * panel_columns + column % panel_columns, start, finish);
+    template <typename Start, typename Finish, typename Meanwhile = Nothing>
+    DETR_FAST_INLINE void multiply(int64_t pixel, int64_t column, const Start& start, const Finish& finish,
+                                   const Meanwhile& meanwhile = {}) const {
+        multiply_tile<Bytes>(left_ + (pixel - first_) * layer_.taps() + tap_ * rows, taps_, layer_.shape.channels,
+                             panel(column) + column % panel_columns, start, finish, meanwhile);
+    }
+
+    // Numbers of a panel that are multiplied at once, and where they begin.
+    int64_t depth() const { return taps_ * layer_.shape.channels; }
+    const float* panel(int64_t column) const {
+        const int64_t taps = layer_.taps(), first = column / panel_columns * taps + tap_;
+        return layer_.packed + first * layer_.shape.channels * panel_columns;
     }
 
     const Layer& layer_;
@@ -140,26 +201,31 @@ class Block {
 
 struct BlockTask {
     const Layer& layer;
-    int64_t first, end;
+    int64_t first, end, first_column, end_column;
     const float** left;
 
     template <int Bytes>
     bool run() const {
-        Block<Bytes>(layer, first, end, left).run();
+        Block<Bytes>(layer, first, end, left).run(first_column, end_column);
         return true;
     }
 };
 
-// Whole tiles of every width, and as many blocks for each thread.
+// Whole tiles of every width, and as many blocks for each thread. Where there are more columns than pixels each thread
+// has columns of its own, so that no two read the same weights.
 struct Division {
     static constexpr int64_t rows = 6;
-    int64_t tiles, blocks;
+    int64_t tiles, panels, blocks, groups = 1;
 
-    Division(const Layer& layer, int threads) : tiles((layer.pixels() + rows - 1) / rows) {
+    Division(const Layer& layer, int threads)
+        : tiles((layer.pixels() + rows - 1) / rows), panels(panels_of(layer.shape.out_channels)) {
         const int64_t most = std::clamp<int64_t>(most_input / layer.shape.channels, 48, most_rows) / rows;
-        blocks = (tiles + most * threads - 1) / (most * threads) * threads;
+        if (layer.shape.out_channels > layer.pixels()) groups = std::min<int64_t>(panels, threads);
+        const int64_t share = groups == 1 ? threads : 1;
+        blocks = (tiles + most * share - 1) / (most * share) * share;
     }
     int64_t first_pixel(int64_t block) const { return tiles * block / blocks * rows; }
+    int64_t first_column(int64_t group) const { return panels * group / groups * panel_columns; }
 };
 
 }  // namespace
@@ -192,11 +258,13 @@ void detr_fast_conv_cpu(const detr_fast_conv* shape, const float* x, const float
     if (bias != nullptr) std::copy_n(bias, shape->out_channels, whole_bias.data());
     const Layer layer{*shape, x, packed, whole_bias.data(), residual, zeros.data(), relu, out};
     const Division division(layer, threads);
-    parallel_for(division.blocks, threads, [&](int64_t block) {
+    parallel_for(division.groups * division.blocks, threads, [&](int64_t task) {
         static thread_local std::vector<const float*> left;
+        const int64_t group = task / division.blocks, block = task % division.blocks;
         const int64_t first = division.first_pixel(block);
         const int64_t end = std::min(division.first_pixel(block + 1), layer.pixels());
+        const int64_t end_column = std::min(division.first_column(group + 1), shape->out_channels);
         left.resize(static_cast<size_t>((end - first + Division::rows) * layer.taps()));
-        with_widest_vectors(BlockTask{layer, first, end, left.data()});
+        with_widest_vectors(BlockTask{layer, first, end, division.first_column(group), end_column, left.data()});
     });
 }

@@ -56,12 +56,34 @@ struct Nothing {
     DETR_FAST_INLINE void operator()() const {}
 };
 
+DETR_FAST_INLINE void prefetch(const float* address) {
+#if defined(DETR_FAST_HAS_VECTORS)
+    __builtin_prefetch(address, 0, 2);
+#endif
+}
+
+// Fetches the next panel, of which each of `parts` tiles that meet the one before takes its part.
+class NextPanel {
+  public:
+    DETR_FAST_INLINE NextPanel(const float* next, int64_t depth, int64_t part, int64_t parts)
+        : next_(next + depth * panel_columns * part / parts), step_((panel_columns + parts - 1) / parts) {}
+
+    DETR_FAST_INLINE void operator()() {
+        prefetch(next_);
+        next_ += step_;
+    }
+
+  private:
+    const float* next_;
+    const int64_t step_;
+};
+
 // left[run * rows + r] is the address of `depth` numbers of row r; the runs follow one another in the depth of the
 // panel, of which `panel` is the tile's first column. The sums begin with start(r, v) and go to finish(r, v, sum); r
 // and v are constants. meanwhile() is called at every step in depth: it may fetch what later tiles read.
 template <int Bytes, int rows = Tile<Bytes>::rows, typename Start, typename Finish, typename Meanwhile = Nothing>
 DETR_FAST_INLINE void multiply_tile(const float* const* left, int64_t runs, int64_t depth, const float* panel,
-                                    const Start& start, const Finish& finish, const Meanwhile& meanwhile = {}) {
+                                    const Start& start, const Finish& finish, Meanwhile meanwhile = {}) {
     using Floats = typename Tile<Bytes>::Floats;
     constexpr int vectors = Tile<Bytes>::vectors, width = Registers<Bytes>::width;
     Floats sum[rows][vectors];
