@@ -28,8 +28,14 @@ if os.environ.get("ONEDNN_MAX_CPU_ISA") == "AVX2" and _native.load().module is n
 CONTESTANTS = ("torch nchw", "torch", *ALGORITHMS)
 
 
+LAYERS = [
+    pytest.param(shape, id=shape.name, marks=[pytest.mark.large] * (not shape.name.startswith("layer3")))
+    for shape in RESNET50_LAYERS
+]
+
+
 @pytest.mark.parametrize("contestant", CONTESTANTS)
-@pytest.mark.parametrize("shape", RESNET50_LAYERS, ids=lambda shape: shape.name)
+@pytest.mark.parametrize("shape", LAYERS)
 def test_layer(race: Race, shape: ConvShape, contestant: str) -> None:
     if contestant == "winograd" and not shape.takes_winograd:
         pytest.skip("Winograd's algorithm is for 3x3 kernels with stride 1 and no dilation")

@@ -1,4 +1,4 @@
-"""The mask head in inference and in a training step, and panoptic post-processing, against the original way.
+"""The mask head in inference and in a training step, its losses alone, and post-processing, against the original way.
 
 A training step is the mask head, both losses of ten matched masks, and the gradients of the mask head and of the
 features; the detector below it is not part of it. Panoptic post-processing starts from the model's output and ends with
@@ -21,6 +21,7 @@ from benchmarks.shapes import MASKS, MaskShape
 from detr_fast import PostProcessPanoptic, PostProcessSegm
 from detr_fast.mask_losses import mask_losses
 from detr_fast.models.segmentation import MaskHead, QueryMasks
+from detr_fast.ops import mask_loss
 
 Race = Callable[[str, str, Callable[[], Contest]], None]
 CONTESTANTS = ("original", "detr_fast")
@@ -38,6 +39,11 @@ def test_inference(race: Race, contestant: str) -> None:
 @pytest.mark.parametrize("contestant", CONTESTANTS)
 def test_training(race: Race, contestant: str) -> None:
     race(f"mask head training {MASKS.name}", contestant, lambda: training(MASKS))
+
+
+@pytest.mark.parametrize("contestant", CONTESTANTS)
+def test_losses(race: Race, contestant: str) -> None:
+    race(f"mask losses {MASKS.name}", contestant, lambda: losses(MASKS))
 
 
 @pytest.mark.parametrize("contestant", CONTESTANTS)
@@ -131,6 +137,31 @@ def rectangles(shape: MaskShape) -> Tensor:
         top, left = height * number // (2 * shape.num_targets), width * number // (2 * shape.num_targets)
         mask[top : top + height // 3, left : left + width // 3] = True
     return masks
+
+
+def losses(shape: MaskShape) -> Contest:
+    """Both losses of the matched masks and the gradient of their logits, without the mask head."""
+    torch.manual_seed(0)
+    targets = rectangles(shape).to(where.device())
+    logits = torch.randn(shape.num_targets, *shape.map_size(4), device=where.device()).requires_grad_()
+
+    def original(x: Tensor = logits) -> tuple[Tensor, Tensor]:
+        loss = original_masks.mask_losses(x, targets, len(targets))
+        return loss.detach(), torch.autograd.grad(loss, x)[0]
+
+    def ours() -> tuple[Tensor, Tensor]:
+        found = mask_loss(logits, [targets])
+        loss = (found.mask.sum() + found.dice.sum()) / len(targets)
+        return loss.detach(), torch.autograd.grad(loss, logits)[0]
+
+    exact_loss, exact_gradient = original(logits.detach().double().requires_grad_())
+
+    def check(found: tuple[Tensor, Tensor]) -> None:
+        torch.testing.assert_close(found[0].double(), exact_loss, rtol=1e-5, atol=0)
+        error = (found[1] - exact_gradient).norm() / exact_gradient.norm()
+        assert error < 1e-5, error
+
+    return Contest([Contestant("original", original), Contestant("detr_fast", ours)], check, str(where.device()))
 
 
 def postprocess(shape: MaskShape) -> Contest:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import machine, where
-from benchmarks.guard import Floors
+from benchmarks.guard import ROUNDS, TRIES, Floors
 from benchmarks.harness import Contest, Timing, WrongResult, compare
 from benchmarks.results_file import table, write_results
 
@@ -66,7 +66,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--benchmark-floors",
         metavar="FILE",
-        help="Run only contests with a floor in this file, and fail where a ratio is below its floor twice.",
+        help=f"Run only contests with a floor in this file, and fail where a ratio is below its floor {TRIES} times.",
     )
 
 
@@ -143,7 +143,9 @@ def race(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[str, str, 
             raise results.refused[name]
         if contestant in results.skipped[name]:
             pytest.skip(results.skipped[name][contestant])
-        timing = next(t for t in results.timings[name] if t.name == contestant)
+        timing = next((t for t in results.timings[name] if t.name == contestant), None)
+        if timing is None:
+            pytest.skip("no floor is kept for this contestant")
         record(benchmark, name, timing)
         if contestant in results.too_slow[name]:
             pytest.fail(results.too_slow[name][contestant], pytrace=False)
@@ -154,7 +156,7 @@ def race(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[str, str, 
 def hold(name: str, contest: Contest, config: pytest.Config) -> None:
     """Run a contest, ``--benchmark-max-time`` (or SECONDS) and ``--benchmark-min-rounds`` rounds a contestant.
 
-    It is held once more where a contestant is below its floor: a machine may be busy for a moment.
+    It is held again where a contestant is below its floor: a machine may be busy for a moment.
     """
     given = any(str(a).startswith("--benchmark-max-time") for a in config.invocation_params.args)
     seconds_each = float(config.getoption("--benchmark-max-time")) if given else SECONDS
@@ -162,9 +164,11 @@ def hold(name: str, contest: Contest, config: pytest.Config) -> None:
     if config.getoption("--benchmark-quick"):
         seconds_each, min_rounds = min(seconds_each, QUICK_SECONDS), min(min_rounds, QUICK_ROUNDS)
     results, floors = config.stash[RESULTS], config.stash[FLOORS]
+    if config.getoption("--benchmark-floors"):
+        contest, min_rounds = floors.needed(name, contest), max(min_rounds, ROUNDS)
     results.skipped[name] = contest.skipped
     try:
-        for _ in range(2):
+        for _ in range(TRIES):
             results.timings[name] = compare(contest, seconds_each=seconds_each, min_rounds=min_rounds)
             results.too_slow[name] = floors.too_slow(name, results.timings[name])
             if not results.too_slow[name]:
