@@ -31,18 +31,19 @@ int64_t conv_packed_floats(const Sizes& sizes) {
     return detr_fast_conv_packed_floats(&shape);
 }
 
-void conv_pack(const Sizes& sizes, uintptr_t weight, uintptr_t packed) {
+void conv_pack(const Sizes& sizes, uintptr_t weight, uintptr_t scale, bool adjoint, uintptr_t packed, int threads) {
     const py::gil_scoped_release release;
     const auto shape = shape_of(sizes);
-    detr_fast_conv_pack(&shape, at<const float>(weight), at<float>(packed));
+    const detr_fast_conv_weight from{at<const float>(weight), at<const float>(scale), adjoint};
+    detr_fast_conv_pack(&shape, &from, at<float>(packed), threads);
 }
 
-void conv_cpu(const Sizes& sizes, uintptr_t x, uintptr_t packed, uintptr_t bias, uintptr_t residual, bool relu,
-              uintptr_t out, int threads) {
+void conv_cpu(const Sizes& sizes, uintptr_t x, uintptr_t packed, uintptr_t bias, uintptr_t residual, uintptr_t gate,
+              bool relu, uintptr_t out, int threads) {
     const py::gil_scoped_release release;
     const auto shape = shape_of(sizes);
     detr_fast_conv_cpu(&shape, at<const float>(x), at<const float>(packed), at<const float>(bias),
-                       at<const float>(residual), relu, at<float>(out), threads);
+                       at<const float>(residual), at<const float>(gate), relu, at<float>(out), threads);
 }
 
 void conv_max_pool_cpu(const Sizes& sizes, uintptr_t x, const std::array<int64_t, 4>& strides, uintptr_t packed,
@@ -58,18 +59,19 @@ int64_t winograd_packed_floats(const Sizes& sizes) {
     return detr_fast_winograd_packed_floats(&shape);
 }
 
-void winograd_pack(const Sizes& sizes, uintptr_t weight, uintptr_t packed, int threads) {
+void winograd_pack(const Sizes& sizes, uintptr_t weight, uintptr_t scale, bool adjoint, uintptr_t packed, int threads) {
     const py::gil_scoped_release release;
     const auto shape = shape_of(sizes);
-    detr_fast_winograd_pack(&shape, at<const float>(weight), at<float>(packed), threads);
+    const detr_fast_conv_weight from{at<const float>(weight), at<const float>(scale), adjoint};
+    detr_fast_winograd_pack(&shape, &from, at<float>(packed), threads);
 }
 
-void winograd_cpu(const Sizes& sizes, uintptr_t x, uintptr_t packed, uintptr_t bias, uintptr_t residual, bool relu,
-                  uintptr_t out, int threads) {
+void winograd_cpu(const Sizes& sizes, uintptr_t x, uintptr_t packed, uintptr_t bias, uintptr_t residual, uintptr_t gate,
+                  bool relu, uintptr_t out, int threads) {
     const py::gil_scoped_release release;
     const auto shape = shape_of(sizes);
     detr_fast_winograd_cpu(&shape, at<const float>(x), at<const float>(packed), at<const float>(bias),
-                           at<const float>(residual), relu, at<float>(out), threads);
+                           at<const float>(residual), at<const float>(gate), relu, at<float>(out), threads);
 }
 
 }  // namespace

@@ -23,6 +23,7 @@ from detr_fast.ops.mask_threshold.api import OP as MASK_THRESHOLD
 from detr_fast.ops.matching.api import OP as MATCHING
 from detr_fast.ops.matching_cost.api import OP as MATCHING_COST
 from detr_fast.ops.relu_dropout.api import OP as RELU_DROPOUT
+from detr_fast.ops.residual_block.api import OP as RESIDUAL_BLOCK
 from detr_fast.ops.set_criterion.api import OP as SET_CRITERION
 from detr_fast.ops.set_loss.api import OP as SET_LOSS
 
@@ -40,6 +41,7 @@ OPS = (
     MASK_ARGMAX,
     CONV,
     CONV_MAX_POOL,
+    RESIDUAL_BLOCK,
     MASK_THRESHOLD,
 )
 

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "conv_weight.h"
 #include "gemm_tile.h"
 #include "thread_pool.h"
 #include "widths.h"
@@ -20,6 +21,7 @@ struct Layer {
     const float* packed;
     const float* bias;  // of whole panels, as zeros
     const float* residual;
+    const float* gate;
     const float* zeros;  // of `channels`: pixels outside of the map
     bool relu;
     float* out;
@@ -130,14 +132,23 @@ class Block {
         const float* const bias = layer_.bias + column;
         const float* const added = is_first() ? layer_.residual : layer_.out;
         float* const out = layer_.out + place;
-        const Floats lowest = Floats{} + (layer_.relu && is_last() ? 0.0f : -__builtin_inff());
-        const auto start = [&](auto r, auto v) DETR_FAST_LAMBDA {
+        // Sums that are formed at once begin with 0: while they are small, so are their rounding errors.
+        const bool at_once = is_first() && is_last();
+        const auto addend = [&](auto r, auto v) DETR_FAST_LAMBDA {
             Floats sum = is_first() ? load_as<Floats>(bias + v * width) : Floats{};
             if (added != nullptr) sum += load_as<Floats>(added + place + r * step + v * width);
             return sum;
         };
-        const auto finish = [&](auto r, auto v, const Floats& sum)
-                                DETR_FAST_LAMBDA { store_as(out + r * step + v * width, sum < lowest ? lowest : sum); };
+        const Floats lowest = Floats{} + (layer_.relu && is_last() ? 0.0f : -__builtin_inff());
+        const auto start = [&](auto r, auto v) DETR_FAST_LAMBDA { return at_once ? Floats{} : addend(r, v); };
+        const float* const gate = is_last() && layer_.gate != nullptr ? layer_.gate + place : nullptr;
+        const auto finish = [&](auto r, auto v, const Floats& sum) DETR_FAST_LAMBDA {
+            const int64_t at = r * step + v * width;
+            Floats y = at_once ? sum + addend(r, v) : sum;
+            y = y < lowest ? lowest : y;
+            if (gate != nullptr) y = load_as<Floats>(gate + at) <= 0.0f ? Floats{} : y;
+            store_as(out + at, y);
+        };
         if (depth() <= most_depth_of_pixels) return multiply(pixel, column, start, finish, next_tile(pixel, column));
         multiply(pixel, column, start, finish, next_panel(pixel, column));
     }
@@ -174,7 +185,9 @@ class Block {
             for (int64_t c = 0; c < column_count; ++c) {
                 float sum = tile[r * columns + c] + (is_first() ? bias[c] : 0.0f);
                 if (added != nullptr) sum += added[place + c];
-                layer_.out[place + c] = layer_.relu && is_last() && sum < 0.0f ? 0.0f : sum;
+                const bool closed = layer_.gate != nullptr && layer_.gate[place + c] <= 0.0f;
+                const bool none = (layer_.relu && sum < 0.0f) || closed;
+                layer_.out[place + c] = is_last() && none ? 0.0f : sum;
             }
         }
     }
@@ -235,28 +248,32 @@ int64_t detr_fast_conv_packed_floats(const detr_fast_conv* shape) {
     return detr_fast::packed_floats(shape->kernel_height * shape->kernel_width * shape->channels, shape->out_channels);
 }
 
-void detr_fast_conv_pack(const detr_fast_conv* shape, const float* weight, float* packed) {
+void detr_fast_conv_pack(const detr_fast_conv* shape, const detr_fast_conv_weight* weight, float* packed, int threads) {
+    using namespace detr_fast;
     const int64_t taps = shape->kernel_height * shape->kernel_width, channels = shape->channels;
-    // In the order in which the sums are formed: weight by weight of the kernel, all channels of each.
-    std::vector<float> by_tap(static_cast<size_t>(taps * channels * shape->out_channels));
-    for (int64_t k = 0; k < shape->out_channels; ++k) {
-        for (int64_t c = 0; c < channels; ++c) {
-            for (int64_t t = 0; t < taps; ++t) {
-                by_tap[(k * taps + t) * channels + c] = weight[(k * channels + c) * taps + t];
+    const WeightBlock of(*shape);
+    const int64_t blocks = of.blocks_of_panel();
+    parallel_for(panels_of(shape->out_channels) * blocks, threads, [&](int64_t i) {
+        const int64_t panel = i / blocks, block = i % blocks, first = of.first_channel(block);
+        std::vector<float> rows(static_cast<size_t>(of.floats()));
+        of.gather(*weight, panel, block, rows.data());
+        // In the order in which the sums are formed: weight by weight of the kernel, all channels of each.
+        const float* row = rows.data();
+        for (int64_t c = first; c < of.end_channel(block); ++c) {
+            for (int64_t t = 0; t < taps; ++t, row += panel_columns) {
+                std::copy_n(row, panel_columns, packed + ((panel * taps + t) * channels + c) * panel_columns);
             }
         }
-    }
-    const int64_t depth = taps * channels;
-    detr_fast::pack_panels(by_tap.data(), depth, shape->out_channels, 1, depth, packed);
+    });
 }
 
 void detr_fast_conv_cpu(const detr_fast_conv* shape, const float* x, const float* packed, const float* bias,
-                        const float* residual, bool relu, float* out, int threads) {
+                        const float* residual, const float* gate, bool relu, float* out, int threads) {
     using namespace detr_fast;
     std::vector<float> zeros(static_cast<size_t>(shape->channels));
     std::vector<float> whole_bias(static_cast<size_t>(panels_of(shape->out_channels) * panel_columns));
     if (bias != nullptr) std::copy_n(bias, shape->out_channels, whole_bias.data());
-    const Layer layer{*shape, x, packed, whole_bias.data(), residual, zeros.data(), relu, out};
+    const Layer layer{*shape, x, packed, whole_bias.data(), residual, gate, zeros.data(), relu, out};
     const Division division(layer, threads);
     parallel_for(division.groups * division.blocks, threads, [&](int64_t task) {
         static thread_local std::vector<const float*> left;

@@ -1,7 +1,9 @@
 #include "winograd.h"
 
 #include <algorithm>
+#include <vector>
 
+#include "conv_weight.h"
 #include "gemm_tile.h"
 #include "solver.h"
 #include "thread_pool.h"
@@ -19,6 +21,7 @@ struct Layer {
     const float* packed;
     const float* bias;
     const float* residual;
+    const float* gate;
     bool relu;
     float* out;
 };
@@ -213,6 +216,8 @@ class Block {
                 if (layer_.residual != nullptr)
                     y += load_first<Bytes>(layer_.residual + pixel, shape_.out_channels - k);
                 if (layer_.relu) y = y < 0.0f ? Floats{} : y;  // in this order NaN stays
+                if (layer_.gate != nullptr)
+                    y = load_first<Bytes>(layer_.gate + pixel, shape_.out_channels - k) <= 0.0f ? Floats{} : y;
                 store_first<Bytes>(layer_.out + pixel, y, shape_.out_channels - k);
             });
         }
@@ -263,21 +268,56 @@ float* aligned(unsigned char* memory) {
     return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
 }
 
-// Every position of the weights of one output and one input channel.
-void transform_weight(const float* weight, float (&at)[positions]) {
-    double rows[inputs][3];
-    for (int column = 0; column < 3; ++column) {
-        const double x[3] = {weight[column], weight[3 + column], weight[6 + column]};
-        double line[inputs];
-        weight_line(x, line);
-        for (int row = 0; row < inputs; ++row) rows[row][column] = line[row];
+// As many numbers in float64 as half a register of float32 holds.
+template <int Bytes>
+struct Wide {
+#if defined(DETR_FAST_HAS_VECTORS)
+    using Floats = Vector<float, Bytes / 2>;
+    using Doubles = Vector<double, Bytes>;
+    static DETR_FAST_INLINE Doubles of(const float* x) { return __builtin_convertvector(load_as<Floats>(x), Doubles); }
+    static DETR_FAST_INLINE void store(float* to, const Doubles& x) {
+        store_as(to, __builtin_convertvector(x, Floats));
     }
-    for (int row = 0; row < inputs; ++row) {
-        double line[inputs];
-        weight_line(rows[row], line);
-        for (int column = 0; column < inputs; ++column) at[row * inputs + column] = static_cast<float>(line[column]);
+#else
+    using Doubles = double;
+    static double of(const float* x) { return *x; }
+    static void store(float* to, double x) { *to = static_cast<float>(x); }
+#endif
+    static constexpr int64_t width = sizeof(Doubles) / sizeof(double);
+};
+
+// A row of a panel, [9, panel_columns], to every position of it, which lie position_step apart.
+struct WeightTask {
+    const float* taps;
+    float* to;
+    int64_t position_step;
+
+    template <int Bytes>
+    bool run() const {
+        for (int64_t column = 0; column < panel_columns; column += Wide<Bytes>::width) transform<Bytes>(column);
+        return true;
     }
-}
+
+    template <int Bytes>
+    DETR_FAST_INLINE void transform(int64_t column) const {
+        using Doubles = typename Wide<Bytes>::Doubles;
+        Doubles rows[inputs][3];
+        unrolled<3>([&](auto x) DETR_FAST_LAMBDA {
+            Doubles w[3], at[inputs];
+            unrolled<3>([&](auto y)
+                            DETR_FAST_LAMBDA { w[y] = Wide<Bytes>::of(taps + (y * 3 + x) * panel_columns + column); });
+            weight_line(w, at);
+            unrolled<inputs>([&](auto y) DETR_FAST_LAMBDA { rows[y][x] = at[y]; });
+        });
+        unrolled<inputs>([&](auto y) DETR_FAST_LAMBDA {
+            Doubles at[inputs];
+            weight_line(rows[y], at);
+            unrolled<inputs>([&](auto x) DETR_FAST_LAMBDA {
+                Wide<Bytes>::store(to + (y * inputs + x) * position_step + column, at[x]);
+            });
+        });
+    }
+};
 
 }  // namespace
 }  // namespace detr_fast
@@ -287,26 +327,27 @@ int64_t detr_fast_winograd_packed_floats(const detr_fast_conv* shape) {
     return positions * packed_floats(shape->channels, shape->out_channels);
 }
 
-void detr_fast_winograd_pack(const detr_fast_conv* shape, const float* weight, float* packed, int threads) {
+void detr_fast_winograd_pack(const detr_fast_conv* shape, const detr_fast_conv_weight* weight, float* packed,
+                             int threads) {
     using namespace detr_fast;
     const int64_t channels = shape->channels, position_step = packed_floats(channels, shape->out_channels);
-    parallel_for(panels_of(shape->out_channels), threads, [&](int64_t panel) {
-        for (int64_t c = 0; c < channels; ++c) {
+    const WeightBlock of(*shape);
+    const int64_t blocks = of.blocks_of_panel();
+    parallel_for(panels_of(shape->out_channels) * blocks, threads, [&](int64_t i) {
+        const int64_t panel = i / blocks, block = i % blocks, first = of.first_channel(block);
+        std::vector<float> rows(static_cast<size_t>(of.floats()));
+        of.gather(*weight, panel, block, rows.data());
+        for (int64_t c = first; c < of.end_channel(block); ++c) {
             float* to = packed + (panel * channels + c) * panel_columns;
-            for (int64_t column = 0; column < panel_columns; ++column) {
-                const int64_t k = panel * panel_columns + column;
-                float at[positions] = {};
-                if (k < shape->out_channels) transform_weight(weight + (k * channels + c) * 9, at);
-                for (int64_t i = 0; i < positions; ++i) to[i * position_step + column] = at[i];
-            }
+            with_widest_vectors(WeightTask{rows.data() + (c - first) * 9 * panel_columns, to, position_step});
         }
     });
 }
 
 void detr_fast_winograd_cpu(const detr_fast_conv* shape, const float* x, const float* packed, const float* bias,
-                            const float* residual, bool relu, float* out, int threads) {
+                            const float* residual, const float* gate, bool relu, float* out, int threads) {
     using namespace detr_fast;
-    const Layer layer{*shape, x, packed, bias, residual, relu, out};
+    const Layer layer{*shape, x, packed, bias, residual, gate, relu, out};
     const int64_t patches = Patches(*shape).count, blocks = blocks_of(*shape, patches, std::max(threads, 1));
     parallel_for(blocks, threads, [&](int64_t block) {
         const int64_t first = block * patches / blocks, end = (block + 1) * patches / blocks;

@@ -47,13 +47,17 @@ DETR_FAST_INLINE void output_line(const Number (&at)[inputs], Number (&y)[output
 
 // The values of w[0] + w[1] x + w[2] x^2 at the points, each over the derivative there of the polynomial that is zero
 // at all of them.
-inline void weight_line(const double (&w)[3], double (&at)[inputs]) {
-    const double slope_p = 2 * p2 * (p2 - q2), slope_q = 2 * q2 * (q2 - p2);
-    at[0] = w[0] / (p2 * q2);
-    at[1] = (w[0] + p * w[1] + p2 * w[2]) / slope_p;
-    at[2] = (w[0] - p * w[1] + p2 * w[2]) / slope_p;
-    at[3] = (w[0] + q * w[1] + q2 * w[2]) / slope_q;
-    at[4] = (w[0] - q * w[1] + q2 * w[2]) / slope_q;
+template <typename Doubles>
+DETR_FAST_INLINE void weight_line(const Doubles (&w)[3], Doubles (&at)[inputs]) {
+    constexpr double p1 = p, q1 = q, pp = p2, qq = q2;
+    constexpr double of_0 = 1 / (pp * qq), of_p = 1 / (2 * pp * (pp - qq)), of_q = 1 / (2 * qq * (qq - pp));
+    const Doubles even_p = of_p * (w[0] + pp * w[2]), odd_p = of_p * p1 * w[1];
+    const Doubles even_q = of_q * (w[0] + qq * w[2]), odd_q = of_q * q1 * w[1];
+    at[0] = of_0 * w[0];
+    at[1] = even_p + odd_p;
+    at[2] = even_p - odd_p;
+    at[3] = even_q + odd_q;
+    at[4] = even_q - odd_q;
     at[5] = w[2];
 }
 

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detr_fast.data.batch import ImageBatch
+from detr_fast.ops import FrozenConv, residual_block
 
 Norm = Callable[[int], nn.Module]
+Layer = tuple[nn.Module, nn.Module]  # a convolution and the norm after it
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -62,9 +64,7 @@ class BasicBlock(nn.Module):
         self.downsample = _shortcut(inplanes, planes, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu_(normalised(self.conv1, self.bn1, x))
-        y = normalised(self.conv2, self.bn2, y)
-        return F.relu_(y.add_(_shortcut_of(x, self.downsample)))
+        return _block(x, [(self.conv1, self.bn1), (self.conv2, self.bn2)], self.downsample)
 
 
 class Bottleneck(nn.Module):
@@ -83,29 +83,46 @@ class Bottleneck(nn.Module):
         self.downsample = _shortcut(inplanes, planes * self.expansion, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu_(normalised(self.conv1, self.bn1, x))
-        y = F.relu_(normalised(self.conv2, self.bn2, y))
-        y = normalised(self.conv3, self.bn3, y)
-        return F.relu_(y.add_(_shortcut_of(x, self.downsample)))
+        layers = [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]
+        return _block(x, layers, self.downsample)
+
+
+def _block(x: Tensor, layers: Sequence[Layer], downsample: nn.Sequential | None) -> Tensor:
+    """relu(layers(x) + shortcut(x)), with a ReLU between two layers."""
+    frozen = [frozen_conv(*layer) for layer in layers]
+    shortcut = None if downsample is None else frozen_conv(downsample[0], downsample[1])
+    known = [layer for layer in frozen if layer is not None]
+    if len(known) == len(layers) and (downsample is None) == (shortcut is None):
+        return residual_block(x, known, shortcut)
+    y = x
+    for conv, norm in layers[:-1]:
+        y = F.relu_(normalised(conv, norm, y))
+    y = normalised(*layers[-1], y)
+    return F.relu_(y.add_(x if downsample is None else normalised(downsample[0], downsample[1], x)))
 
 
 def normalised(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     """norm(conv(x)). A frozen norm scales the convolution's weight, which is small, and never the map."""
-    if type(conv) is not nn.Conv2d or conv.bias is not None or type(norm) is not FrozenBatchNorm2d:
-        return norm(conv(x))
+    frozen = frozen_conv(conv, norm)
+    return norm(conv(x)) if frozen is None else frozen(x)
+
+
+def frozen_conv(conv: nn.Module, norm: nn.Module) -> FrozenConv | None:
+    """A plain convolution and the frozen norm after it; None where they are something else."""
+    if type(conv) is not nn.Conv2d or type(norm) is not FrozenBatchNorm2d:
+        return None
+    sizes = [set(pair) for pair in (conv.stride, conv.padding, conv.dilation)]
+    square = not isinstance(conv.padding, str) and all(len(size) == 1 for size in sizes)
+    if conv.bias is not None or conv.padding_mode != "zeros" or conv.groups != 1 or not square:
+        return None
     scale, shift = norm.scale_and_shift()
-    weight = conv.weight * scale[:, None, None, None]
-    return conv._conv_forward(x, weight, shift)
+    return FrozenConv(conv.weight, scale, shift, conv.stride[0], int(conv.padding[0]), conv.dilation[0])
 
 
 def _shortcut(inplanes: int, outplanes: int, stride: int, norm: Norm) -> nn.Sequential | None:
     if stride == 1 and inplanes == outplanes:
         return None
     return nn.Sequential(nn.Conv2d(inplanes, outplanes, 1, stride, bias=False), norm(outplanes))
-
-
-def _shortcut_of(x: Tensor, downsample: nn.Sequential | None) -> Tensor:
-    return x if downsample is None else normalised(downsample[0], downsample[1], x)
 
 
 class ResNet(nn.Module):

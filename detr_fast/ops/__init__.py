@@ -29,6 +29,7 @@ from detr_fast.ops.mask_threshold import mask_threshold
 from detr_fast.ops.matching import Matching, matching
 from detr_fast.ops.matching_cost import CostWeights, MatchingCost, PackedTargets, matching_cost
 from detr_fast.ops.relu_dropout import relu_dropout
+from detr_fast.ops.residual_block import FrozenConv, residual_block
 from detr_fast.ops.set_criterion import MatchedLosses, set_criterion
 from detr_fast.ops.set_loss import CrossEntropy, Focal, SetLosses, Varifocal, set_loss
 
@@ -39,6 +40,7 @@ __all__ = [
     "CrossEntropy",
     "Dropout",
     "Focal",
+    "FrozenConv",
     "MaskLosses",
     "MatchedLosses",
     "Matching",
@@ -67,6 +69,7 @@ __all__ = [
     "pairwise_giou",
     "pairwise_iou",
     "relu_dropout",
+    "residual_block",
     "set_criterion",
     "set_loss",
     "solve_assignment",

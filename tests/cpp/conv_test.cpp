@@ -96,12 +96,13 @@ void test(const detr_fast_conv& shape, int threads) {
     const Floats weight = random_floats(s.out_channels * s.channels * s.kernel_height * s.kernel_width);
     const Floats bias = random_floats(s.out_channels);
     Floats packed(static_cast<size_t>(detr_fast_conv_packed_floats(&s)), NAN);
-    detr_fast_conv_pack(&s, weight.data(), packed.data());
+    const detr_fast_conv_weight from{weight.data(), nullptr, false};
+    detr_fast_conv_pack(&s, &from, packed.data(), threads);
     const Floats expected = convolved(s, x, weight, bias);
     Floats out(expected.size(), NAN);
-    detr_fast_conv_cpu(&s, x.data(), packed.data(), bias.data(), nullptr, false, out.data(), threads);
+    detr_fast_conv_cpu(&s, x.data(), packed.data(), bias.data(), nullptr, nullptr, false, out.data(), threads);
     require_close(out, expected, "conv");
-    detr_fast_conv_cpu(&s, x.data(), packed.data(), bias.data(), out.data(), true, out.data(), threads);
+    detr_fast_conv_cpu(&s, x.data(), packed.data(), bias.data(), out.data(), nullptr, true, out.data(), threads);
     Floats twice = expected;
     for (float& number : twice) number = std::max(0.0f, 2.0f * number);
     require_close(out, twice, "conv with residual and ReLU");

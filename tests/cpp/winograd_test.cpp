@@ -40,7 +40,8 @@ struct Layer {
           residual(random_floats(c.images * c.height * c.width * c.outputs, 4)) {
         const detr_fast_conv sizes = shape();
         packed.resize(detr_fast_winograd_packed_floats(&sizes));
-        detr_fast_winograd_pack(&sizes, weight.data(), packed.data(), 2);
+        const detr_fast_conv_weight from{weight.data(), nullptr, false};
+        detr_fast_winograd_pack(&sizes, &from, packed.data(), 2);
     }
 
     detr_fast_conv shape() const {
@@ -52,7 +53,8 @@ struct Layer {
         Floats output(residual.size(), NAN);
         const detr_fast_conv sizes = shape();
         detr_fast_winograd_cpu(&sizes, input.data(), packed.data(), size.with_bias ? bias.data() : nullptr,
-                               size.with_residual ? residual.data() : nullptr, size.relu, output.data(), threads);
+                               size.with_residual ? residual.data() : nullptr, nullptr, size.relu, output.data(),
+                               threads);
         return output;
     }
 

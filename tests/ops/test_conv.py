@@ -114,6 +114,9 @@ def test_bias_residual_and_relu(backend: str, name: str, relu: bool, bias: bool)
     expected = exact(x, packed, residual, relu)
     assert not relu or 0.1 < (expected == 0).double().mean() < 0.9
     assert_right(conv(x, packed, residual=residual, relu=relu, backend=backend), expected, x, packed)
+    gate = torch.randn_like(residual).relu()
+    gated = conv(x, packed, residual=residual, relu=relu, gate=gate, backend=backend)
+    assert_right(gated, expected * (gate > 0), x, packed)
     into = torch.full_like(residual, torch.nan)
     assert conv(x, packed, residual=residual, relu=relu, out=into, backend=backend) is into
     assert_right(into, expected, x, packed)
@@ -235,7 +238,9 @@ def test_memory_that_cannot_be_written_to_is_refused() -> None:
     residual = memory[: 2 * 42 * 40].view(2, 7, 6, 40).permute(0, 3, 1, 2)
     with pytest.raises(ValueError, match="out must be residual itself or not share memory"):
         conv(x, packed, residual=residual, out=out)
-    with pytest.raises(ValueError, match="x, residual, out must not require a gradient"):
+    with pytest.raises(ValueError, match="out must be gate itself or not share memory"):
+        conv(x, packed, gate=residual, out=out)
+    with pytest.raises(ValueError, match="x, residual, gate, out must not require a gradient"):
         conv(x.requires_grad_(), packed)
     with torch.no_grad():
         conv(x, packed)

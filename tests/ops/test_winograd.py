@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from detr_fast.models.presets import detr_resnet50
 from detr_fast.ops import PackedConv, _native, conv
-from detr_fast.ops.conv.native import fastest, fits_winograd
+from detr_fast.ops.conv.native import Sizes, fastest, fits_winograd, sizes_of
 
 WHY_NOT = _native.load().why_not
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
@@ -85,6 +86,9 @@ def test_bias_residual_and_relu(name: str, relu: bool, vector_bytes: int) -> Non
     expected = (plain + residual).clamp_min(lowest)
     of_sums = conv(x, packed, residual=residual, relu=relu, backend="reference")
     assert_right(conv(x, packed, residual=residual, relu=relu, algorithm="winograd"), expected, of_sums)
+    gate = torch.randn_like(residual).relu()
+    gated = conv(x, packed, residual=residual, relu=relu, gate=gate, algorithm="winograd")
+    assert_right(gated, expected * (gate > 0), of_sums * (gate > 0))
     conv(x, packed, residual=residual, relu=relu, out=residual, algorithm="winograd")
     assert_right(residual, expected, of_sums)
     without = PackedConv.of(packed.weight, padding=packed.padding, dilation=packed.dilation)
@@ -119,7 +123,7 @@ def test_layers_that_it_cannot_compute_are_refused() -> None:
     x, packed = case("one patch")
     for wrong in ({"padding": 0}, {"padding": 1, "stride": 2}, {"padding": 1, "dilation": 2}):
         other = PackedConv.of(packed.weight, **wrong)
-        assert fastest(other, torch.empty(1, 64, 99, 99)) == "gemm"
+        assert fastest(sizes_of(other, (1, 64, 99, 99))) == "gemm"
         with pytest.raises(
             ValueError, match="'winograd' needs 3x3, stride 1 and padding equal to dilation, got Packed"
         ):
@@ -129,29 +133,31 @@ def test_layers_that_it_cannot_compute_are_refused() -> None:
 
 
 def test_the_layers_of_a_resnet_take_it() -> None:
-    weight, large = torch.zeros(64, 64, 3, 3), torch.empty(1, 64, 20, 27)
-    assert fastest(PackedConv.of(weight, padding=1), large) == "winograd"
-    assert fastest(PackedConv.of(weight, padding=1), torch.empty(1, 64, 8, 8)) == "gemm"
-    assert fastest(PackedConv.of(weight, padding=1, stride=2), large) == "gemm"
-    assert fastest(PackedConv.of(weight[:, :3], padding=1), large) == "gemm"
+    weight, large = torch.zeros(64, 64, 3, 3), (20, 27)
+
+    def chosen(weight: Tensor, size: tuple[int, int], stride: int = 1) -> str:
+        packed = PackedConv.of(weight, padding=1, stride=stride)
+        return fastest(sizes_of(packed, (1, weight.shape[1], *size)))
+
+    assert chosen(weight, large) == "winograd"
+    assert chosen(weight, (8, 8)) == "gemm"
+    assert chosen(weight, (40, 54), stride=2) == "gemm"
+    assert chosen(weight[:, :3], large) == "gemm"
 
 
 @torch.no_grad()
 def test_boxes_of_a_model_move_by_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every layer of the backbone that can takes it, one after the other."""
-    model = detr_resnet50().eval()
+    model, calls = detr_resnet50().eval(), []
     images = [torch.randn(3, 160, 224)]
-    expected = model(images)["pred_boxes"]
-    plain, calls = nn.Conv2d._conv_forward, []
+    found: dict[str, Tensor] = {}
+    for algorithm in ("gemm", "winograd"):
 
-    def forward(layer: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        packed = PackedConv.of(weight, bias, stride=layer.stride[0], padding=layer.padding[0])
-        if not fits_winograd(packed):
-            return plain(layer, x, weight, bias)
-        calls.append(layer)
-        return conv(x, packed, algorithm="winograd")
+        def chosen(sizes: Sizes, algorithm: str = algorithm) -> str:
+            calls.append(fits_winograd(sizes))
+            return algorithm if calls[-1] else "gemm"
 
-    monkeypatch.setattr(nn.Conv2d, "_conv_forward", forward)
-    found = model(images)["pred_boxes"]
-    assert len(calls) == 13
-    assert 0 < (found - expected).abs().max() < 1e-4
+        monkeypatch.setattr(sys.modules["detr_fast.ops.conv.native"], "fastest", chosen)
+        found[algorithm] = model(images)["pred_boxes"]
+    assert sum(calls) == 2 * 13
+    assert 0 < (found["winograd"] - found["gemm"]).abs().max() < 1e-4

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from detr_fast.ops._dispatch import Implementation, Op, always_runs, goes_through_dispatcher
-from detr_fast.ops.conv.native import ALGORITHMS, conv_native, fits_winograd, why_not
+from detr_fast.ops.conv.native import ALGORITHMS, conv_native, fits_winograd, sizes_of, why_not
 from detr_fast.ops.conv.reference import conv_reference
 from detr_fast.ops.conv.types import (
     ConvInputs,
@@ -33,19 +33,22 @@ def conv(
     *,
     residual: Tensor | None = None,
     relu: bool = False,
+    gate: Tensor | None = None,
     out: Tensor | None = None,
     algorithm: str | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """A convolution with its bias, what is added to it, and the ReLU after it, in inference.
+    """A convolution with its bias, what is added to it, and the ReLU after it, or a ReLU's gradient.
 
-    Maps lie in memory as [B, H, W, C] (``torch.channels_last``); ``x`` and ``residual`` that do not are copied.
+    Maps lie in memory as [B, H, W, C] (``torch.channels_last``); those that are read and do not are copied.
 
     Args:
         x: [B, C, H, W] float.
         packed: the weight [K, C, R, S], bias, stride, padding and dilation.
         residual: [B, K, H', W'], what is added before the ReLU; may be ``out``.
         relu: whether negative numbers become zeros. NaN stays.
+        gate: [B, K, H', W'], what a ReLU gave: where it is not above 0, nothing passes back through the ReLU, and the
+            result is 0.
         out: [B, K, H', W'] channels last, where to write; may not share memory with ``x``.
         algorithm: of "native": "gemm", or "winograd" for 3x3 convolutions of stride 1 whose padding is their dilation,
             with a quarter of the multiplications (Lavin and Gray 2016, F(4x4, 3x3)); None takes the fastest for this
@@ -64,7 +67,7 @@ def conv(
 
     Not differentiable. On CUDA it does not wait for the device.
     """
-    inputs = ConvInputs(x, packed, residual, relu, out, algorithm)
+    inputs = ConvInputs(x, packed, residual, relu, out, algorithm, gate)
     _check(inputs)
     if goes_through_dispatcher(x):
         return conv_reference(inputs)
@@ -72,14 +75,15 @@ def conv(
 
 
 def _check(inputs: ConvInputs) -> None:
-    x, packed, residual, _, out, algorithm = inputs
+    x, packed, residual, _, out, algorithm, gate = inputs
     check_map(x, packed)
     if algorithm is not None and algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm must be None or one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
-    if algorithm == "winograd" and not fits_winograd(packed):
+    if algorithm == "winograd" and not fits_winograd(sizes_of(packed, x.shape)):
         raise ValueError(f"algorithm 'winograd' needs 3x3, stride 1 and padding equal to dilation, got {packed}")
     shape = [len(x), len(packed.weight), *packed.out_size(*x.shape[2:])]
-    if residual is not None:
-        check_same_kind("residual", residual, shape, x)
-    check_out(out, shape, x, residual)
-    check_no_gradient(x=x, residual=residual, out=out)
+    for name, tensor in (("residual", residual), ("gate", gate)):
+        if tensor is not None:
+            check_same_kind(name, tensor, shape, x)
+    check_out(out, shape, x, residual=residual, gate=gate)
+    check_no_gradient(x=x, residual=residual, gate=gate, out=out)

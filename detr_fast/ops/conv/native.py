@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -19,27 +22,56 @@ def why_not(x: Tensor) -> str | None:
     return _native.why_not(x.device)
 
 
+class Sizes(NamedTuple):
+    """In the order of struct detr_fast_conv in csrc/cpu/conv.h."""
+
+    batch: int
+    height: int
+    width: int
+    channels: int
+    out_height: int
+    out_width: int
+    out_channels: int
+    kernel_height: int
+    kernel_width: int
+    stride: int
+    padding: int
+    dilation: int
+
+
 def conv_native(inputs: ConvInputs) -> Tensor:
-    packed, relu = inputs.packed, inputs.relu
+    packed = inputs.packed
     x = inputs.x.detach().contiguous(memory_format=torch.channels_last)
     sizes = sizes_of(packed, x.shape)
-    out = inputs.out
+    algorithm = inputs.algorithm or fastest(sizes)
+    form = packed_for_winograd(packed) if algorithm == "winograd" else packed_for_gemm(packed)
+    maps = _channels_last(inputs.residual), _channels_last(inputs.gate)
+    return run(algorithm, sizes, x, form, packed.bias, *maps, inputs.relu, inputs.out)
+
+
+def run(
+    algorithm: str,
+    sizes: Sizes,
+    x: Tensor,
+    form: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+    relu: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """A convolution of channels-last maps with a weight in the form that ``pack`` makes for the algorithm."""
     if out is None:
-        batch, rows, columns, channels = sizes[0], *sizes[4:7]
-        out = torch.empty(batch, channels, rows, columns, memory_format=torch.channels_last)
-    residual = inputs.residual
-    if residual is not None:
-        residual = residual.detach().contiguous(memory_format=torch.channels_last)
-    if (inputs.algorithm or fastest(packed, out)) == "winograd":
-        weight, run = packed.form("winograd", _pack_for_winograd), _native.module().winograd_cpu
-    else:
-        weight, run = packed_for_gemm(packed), _native.module().conv_cpu
-    run(
+        shape = sizes.batch, sizes.out_channels, sizes.out_height, sizes.out_width
+        out = torch.empty(shape, dtype=torch.float32, memory_format=torch.channels_last)
+    native = _native.module()
+    (native.winograd_cpu if algorithm == "winograd" else native.conv_cpu)(
         sizes,
         x.data_ptr(),
-        weight.data_ptr(),
-        0 if packed.bias is None else packed.bias.data_ptr(),
+        form.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
         0 if residual is None else residual.data_ptr(),
+        0 if gate is None else gate.data_ptr(),
         relu,
         out.data_ptr(),
         torch.get_num_threads(),
@@ -47,43 +79,60 @@ def conv_native(inputs: ConvInputs) -> Tensor:
     return out
 
 
-def fits_winograd(packed: PackedConv) -> bool:
+def _channels_last(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach().contiguous(memory_format=torch.channels_last)
+
+
+def fits_winograd(sizes: Sizes) -> bool:
     """Whether it is a 3x3 convolution of stride 1 after which a map has the size that it had."""
-    return packed.weight.shape[2:] == (3, 3) and packed.stride == 1 and packed.padding == packed.dilation
+    return (sizes.kernel_height, sizes.kernel_width, sizes.stride) == (3, 3, 1) and sizes.padding == sizes.dilation
 
 
-def fastest(packed: PackedConv, out: Tensor) -> str:
-    """The algorithm for a result [B, K, H, W]."""
+def fastest(sizes: Sizes) -> str:
+    """The algorithm for a convolution of these sizes."""
     # On two cores of AVX-512 gemm takes 2.1 to 2.9 times as long as winograd on layers of a ResNet-50 at 800x1066
     # (2.9 to 3.5 with AVX2), 1.7 with 8 channels and 2.7 with 16 at 100x100, and as long with 512 channels at
     # 15x20. Below that winograd reads four times the weight for little: 0.9 at 8x8, 0.4 at 4x4.
-    pixels = len(out) * out.shape[2] * out.shape[3]
-    pays = min(packed.weight.shape[:2]) >= 8 and pixels >= 256
-    return "winograd" if pays and fits_winograd(packed) else "gemm"
+    pixels = sizes.batch * sizes.out_height * sizes.out_width
+    pays = min(sizes.channels, sizes.out_channels) >= 8 and pixels >= 256
+    return "winograd" if pays and fits_winograd(sizes) else "gemm"
 
 
-def _pack_for_winograd(packed: PackedConv) -> Tensor:
-    sizes = sizes_of(packed, (1, packed.weight.shape[1], 0, 0))
-    form = torch.empty(_native.module().winograd_packed_floats(sizes))
-    _native.module().winograd_pack(sizes, packed.weight.data_ptr(), form.data_ptr(), torch.get_num_threads())
+def pack(algorithm: str, sizes: Sizes, weight: Tensor, scale: Tensor | None = None, *, adjoint: bool = False) -> Tensor:
+    """The weight as the algorithm reads it.
+
+    Args:
+        weight: [K, C, R, S] contiguous; with ``adjoint`` that of the convolution whose gradient this one takes back.
+        scale: [K], a factor for each channel of ``weight``.
+    """
+    native = _native.module()
+    floats, make = native.conv_packed_floats, native.conv_pack
+    if algorithm == "winograd":
+        floats, make = native.winograd_packed_floats, native.winograd_pack
+    form = torch.empty(floats(sizes), dtype=torch.float32)
+    of_scale = 0 if scale is None else scale.data_ptr()
+    make(sizes, weight.data_ptr(), of_scale, adjoint, form.data_ptr(), torch.get_num_threads())
     return form
 
 
 def packed_for_gemm(packed: PackedConv) -> Tensor:
     """The weight in panels, as csrc/cpu/gemm_tile.h describes them."""
-    return packed.form("gemm", _pack_for_gemm)
+    return packed.form("gemm", lambda packed: _pack("gemm", packed))
 
 
-def _pack_for_gemm(packed: PackedConv) -> Tensor:
-    sizes = sizes_of(packed, (1, packed.weight.shape[1], 0, 0))
-    form = torch.empty(_native.module().conv_packed_floats(sizes))
-    _native.module().conv_pack(sizes, packed.weight.data_ptr(), form.data_ptr())
-    return form
+def packed_for_winograd(packed: PackedConv) -> Tensor:
+    """The transformed weight in panels."""
+    return packed.form("winograd", lambda packed: _pack("winograd", packed))
 
 
-def sizes_of(packed: PackedConv, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """In the order of struct detr_fast_conv, for a map [B, C, H, W]."""
+def _pack(algorithm: str, packed: PackedConv) -> Tensor:
+    return pack(algorithm, sizes_of(packed, (1, packed.weight.shape[1], 0, 0)), packed.weight)
+
+
+def sizes_of(packed: PackedConv, shape: Sequence[int]) -> Sizes:
+    """Of the convolution of a map [B, C, H, W]."""
     batch, channels, height, width = shape
     out_channels, _, kernel_height, kernel_width = packed.weight.shape
-    of_map = (batch, height, width, channels, *packed.out_size(height, width), out_channels)
-    return *of_map, kernel_height, kernel_width, packed.stride, packed.padding, packed.dilation
+    rows, columns = packed.out_size(height, width)
+    of_maps = (batch, height, width, channels, rows, columns, out_channels)
+    return Sizes(*of_maps, kernel_height, kernel_width, packed.stride, packed.padding, packed.dilation)

@@ -88,6 +88,7 @@ class ConvInputs(NamedTuple):
     relu: bool
     out: Tensor | None  # [B, K, H', W'], channels last
     algorithm: str | None
+    gate: Tensor | None = None  # [B, K, H', W']
 
 
 def check_map(x: Tensor, packed: PackedConv) -> None:
@@ -109,8 +110,8 @@ def check_same_kind(name: str, tensor: Tensor, shape: list[int], x: Tensor) -> N
         raise ValueError(f"{name} must be {x.dtype} {shape} on {x.device}, got {got}")
 
 
-def check_out(out: Tensor | None, shape: list[int], x: Tensor, residual: Tensor | None = None) -> None:
-    """Raise ValueError unless results can be written to ``out`` while the others are read."""
+def check_out(out: Tensor | None, shape: list[int], x: Tensor, **read_with_it: Tensor | None) -> None:
+    """Raise ValueError unless results can be written to ``out`` while the others are read, some at the same place."""
     if out is None:
         return
     check_same_kind("out", out, shape, x)
@@ -120,8 +121,9 @@ def check_out(out: Tensor | None, shape: list[int], x: Tensor, residual: Tensor 
         return
     if _overlap(x, out):
         raise ValueError("out must not share memory with x")
-    if residual is not None and _overlap(residual, out) and not _same_memory(residual, out):
-        raise ValueError("out must be residual itself or not share memory with it")
+    for name, tensor in read_with_it.items():
+        if tensor is not None and _overlap(tensor, out) and not _same_memory(tensor, out):
+            raise ValueError(f"out must be {name} itself or not share memory with it")
 
 
 def check_no_gradient(**tensors: Tensor | None) -> None:
