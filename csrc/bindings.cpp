@@ -19,7 +19,7 @@
 #include "cpu/mask_threshold.h"
 #include "cpu/relu_dropout.h"
 #include "cpu/widths.h"
-#include "quick_assignment.h"
+#include "quick_calls.h"
 #if defined(DETR_FAST_WITH_CUDA)
 #include "cuda/assignment.h"
 #endif
@@ -199,13 +199,13 @@ PYBIND11_MODULE(_C, m) {
     m.def("relu_dropout_backward_cpu", &relu_dropout_backward_cpu);
     m.def("assignment_cpu", &assignment_cpu);
     m.def("solve_assignment_cpu", &solve_assignment_cpu);
-    m.def("make_quick_assignment",
-          [](const py::object& tensor_type, const py::object& exchange_capsule, const py::object& get_num_threads) {
-              PyObject* made =
-                  detr_fast::make_quick_assignment(tensor_type.ptr(), exchange_capsule.ptr(), get_num_threads.ptr());
-              if (made == nullptr) throw py::error_already_set();
-              return py::reinterpret_steal<py::object>(made);
-          });
+    m.def("make_quick_calls", [](const py::object& tensor_type, const py::object& exchange_capsule,
+                                 const py::object& get_num_threads, const py::object& fills_memory) {
+        PyObject* made = detr_fast::make_quick_calls(tensor_type.ptr(), exchange_capsule.ptr(), get_num_threads.ptr(),
+                                                     fills_memory.ptr());
+        if (made == nullptr) throw py::error_already_set();
+        return py::reinterpret_steal<py::dict>(made);
+    });
     bind_attention(m);
     bind_conv(m);
     bind_criterion(m);

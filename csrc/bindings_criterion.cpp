@@ -135,17 +135,6 @@ void set_criterion_cpu(const MatchingInputs& m, uintptr_t num_boxes, const Class
                                 at<int64_t>(nonfinite), &written, threads);
 }
 
-// Whether the losses of logits are to be multiplied by 1: upstream is [3, L], those of logits first.
-bool set_loss_keeps_logit_slope(bool is_double, int64_t layers, uintptr_t upstream) {
-    const auto all_one = [&](const auto* values) {
-        for (int64_t l = 0; l < layers; ++l) {
-            if (values[l] != 1) return false;
-        }
-        return true;
-    };
-    return is_double ? all_one(at<const double>(upstream)) : all_one(at<const float>(upstream));
-}
-
 // elements: of a layer's logits and of its boxes. saved: as above, without losses and metrics.
 void set_loss_backward_cpu(bool is_double, const Pair& elements, int64_t layers, uintptr_t upstream,
                            const Triple& saved, uintptr_t logit_gradient, uintptr_t box_gradient, int threads) {
@@ -200,7 +189,6 @@ void bind_criterion(py::module_& m) {
     m.def("matching_cost_cpu", &matching_cost_cpu);
     m.def("matching_cpu", &matching_cpu);
     m.def("set_loss_cpu", &set_loss_cpu);
-    m.def("set_loss_keeps_logit_slope", &set_loss_keeps_logit_slope);
     m.def("set_loss_backward_cpu", &set_loss_backward_cpu);
     m.def("set_criterion_cpu", &set_criterion_cpu);
 #if defined(DETR_FAST_WITH_CUDA)

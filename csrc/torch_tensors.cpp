@@ -1,22 +1,30 @@
 #include "torch_tensors.h"
 
+#include <algorithm>
 #include <cstddef>
+#include <iterator>
 #include <new>
+
+#include "result_memory.h"
 
 namespace detr_fast {
 
 namespace {
 
-// The matrix in one piece of memory: what describes it, then its entries.
-struct alignas(64) Matrix {
+// A tensor in one piece of memory: what describes it, then its elements.
+struct alignas(64) TensorInOnePiece {
     OwnedTensor tensor;
-    int64_t shape[2];
-    int64_t strides[2];
+    int64_t shape[4];
+    int64_t strides[4];
+    size_t bytes;  // of the piece
 
-    void* entries() { return this + 1; }
+    void* elements() { return this + 1; }
 };
 
-constexpr std::align_val_t alignment{alignof(Matrix)};
+void release(OwnedTensor* tensor) {
+    auto* whole = static_cast<TensorInOnePiece*>(tensor->context);
+    give_back_memory({whole, whole->bytes});
+}
 
 }  // namespace
 
@@ -27,19 +35,27 @@ const TensorExchange* TensorExchange::from_capsule(PyObject* capsule) {
     return fits ? exchange : nullptr;
 }
 
-OwnedTensor* new_matrix(int64_t rows, int64_t columns) {
-    const size_t bytes = sizeof(Matrix) + static_cast<size_t>(rows * columns) * sizeof(int64_t);
-    auto* matrix = new (::operator new(bytes, alignment)) Matrix{};
-    matrix->shape[0] = rows;
-    matrix->shape[1] = columns;
-    matrix->strides[0] = columns;
-    matrix->strides[1] = 1;
-    OwnedTensor& tensor = matrix->tensor;
+OwnedTensor* new_tensor(Element element, std::initializer_list<int64_t> shape) {
+    const uint8_t element_bytes = element == Element::float32 ? 4 : 8;
+    size_t bytes = element_bytes;
+    for (const int64_t size : shape) bytes *= static_cast<size_t>(size);
+    const Piece piece = take_memory(sizeof(TensorInOnePiece) + bytes);
+    auto* whole = new (piece.memory) TensorInOnePiece{};
+    whole->bytes = piece.bytes;
+    std::copy(shape.begin(), shape.end(), whole->shape);
+    const auto dimensions = static_cast<int32_t>(shape.size());
+    int64_t stride = 1;
+    for (int32_t d = dimensions - 1; d >= 0; --d) {
+        whole->strides[d] = stride;
+        stride *= whole->shape[d];
+    }
+    const uint8_t code = element == Element::int64 ? TensorView::signed_integer : TensorView::floating_point;
+    const auto bits = static_cast<uint8_t>(8 * element_bytes);
+    OwnedTensor& tensor = whole->tensor;
     tensor.version = {1, 0};
-    tensor.context = matrix;
-    tensor.release = [](OwnedTensor* self) { ::operator delete(self->context, alignment); };
-    tensor.view = {matrix->entries(), TensorView::cpu, 0, 2, TensorView::signed_integer, 64, 1,
-                   matrix->shape,     matrix->strides, 0};
+    tensor.context = whole;
+    tensor.release = release;
+    tensor.view = {whole->elements(), TensorView::cpu, 0, dimensions, code, bits, 1, whole->shape, whole->strides, 0};
     return &tensor;
 }
 

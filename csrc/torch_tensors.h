@@ -8,6 +8,7 @@
 #include <Python.h>
 
 #include <cstdint>
+#include <initializer_list>
 
 namespace detr_fast {
 
@@ -29,6 +30,7 @@ struct TensorView {
     uint64_t byte_offset;
 
     bool is_on_cpu() const { return device_type == cpu && byte_offset == 0; }
+    bool is_integer(int bits) const { return dtype_code == signed_integer && dtype_bits == bits && dtype_lanes == 1; }
     bool is_float(int bits) const { return dtype_code == floating_point && dtype_bits == bits && dtype_lanes == 1; }
 };
 
@@ -54,7 +56,10 @@ struct TensorExchange {
     static const TensorExchange* from_capsule(PyObject* capsule);
 };
 
-// An integer tensor [rows, columns] on the CPU with memory of its own, not filled. Throws std::bad_alloc.
-OwnedTensor* new_matrix(int64_t rows, int64_t columns);
+// Of the elements of a new tensor.
+enum class Element { float32, float64, int64 };
+
+// A tensor of at most four dimensions on the CPU with memory of its own, not filled. Throws std::bad_alloc.
+OwnedTensor* new_tensor(Element element, std::initializer_list<int64_t> shape);
 
 }  // namespace detr_fast

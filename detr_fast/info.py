@@ -122,7 +122,7 @@ def _cpu_name() -> str:
 
 
 def _native_module() -> dict[str, str | None]:
-    module, why_not = _native.load()
+    module, why_not, _ = _native.load()
     if module is None:
         return {"state": f"absent: {why_not}", "compiler": None, "cuda": None}
     cuda = f"{module.cuda} for {module.cuda_architectures}" if module.cuda else "not built in"

@@ -65,6 +65,15 @@ def test_bad_targets_are_named(name, train):
         train()(outputs, [good, spoil(spoilt)])
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan"), 3e38])
+def test_nothing_warns_before_the_error(value: float) -> None:
+    (target,) = random_targets([2])
+    target["boxes"][1] = value
+    with pytest.raises(ValueError, match="target 0, object 1"):
+        check_targets([target], NUM_CLASSES)
+
+
 @pytest.mark.parametrize("train", [HungarianMatcher, small_criterion], ids=["matcher", "criterion"])
 def test_targets_must_be_one_dict_an_image(train):
     with pytest.raises(ValueError, match="one dict an image: got 3 for 2 images"):

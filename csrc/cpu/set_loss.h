@@ -35,7 +35,8 @@ void detr_fast_set_loss_cpu(const struct detr_fast_matching_inputs* inputs, cons
                             const struct detr_fast_set_losses* results, int threads);
 
 // Multiplies the gradients that detr_fast_set_loss_cpu wrote by those of the losses, upstream [3, L]: logit_gradient
-// [L, elements of a layer's logits] and box_gradient [L, elements of a layer's boxes]. The former may be null.
+// [L, elements of a layer's logits] and box_gradient [L, elements of a layer's boxes]. These may be saved->logit_slope
+// and saved->l1_slope themselves.
 void detr_fast_set_loss_backward_cpu(int is_double, const int64_t* elements, int64_t layers, const void* upstream,
                                      const struct detr_fast_set_losses* saved, void* logit_gradient, void* box_gradient,
                                      int threads);

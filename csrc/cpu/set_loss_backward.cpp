@@ -10,9 +10,17 @@ namespace {
 // Numbers that one thread scales in about 20 microseconds, which waking another takes.
 constexpr int64_t chunk = 1 << 16;
 
+// Results may take the place of what they are computed from, number by number.
 template <typename Real>
-void scale(const Real* __restrict__ from, Real factor, int64_t count, Real* __restrict__ to) {
+void scale(const Real* from, Real factor, int64_t count, Real* to) {
+#pragma omp simd
     for (int64_t i = 0; i < count; ++i) to[i] = factor * from[i];
+}
+
+template <typename Real>
+void add_scaled(const Real* a, Real factor_a, const Real* b, Real factor_b, int64_t count, Real* to) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) to[i] = factor_a * a[i] + factor_b * b[i];
 }
 
 DETR_FAST_CLONES void scaled(const float* from, float factor, int64_t count, float* to) {
@@ -23,24 +31,36 @@ DETR_FAST_CLONES void scaled(const double* from, double factor, int64_t count, d
     scale(from, factor, count, to);
 }
 
+DETR_FAST_CLONES void scaled_sum(const float* a, float factor_a, const float* b, float factor_b, int64_t count,
+                                 float* to) {
+    add_scaled(a, factor_a, b, factor_b, count, to);
+}
+
+DETR_FAST_CLONES void scaled_sum(const double* a, double factor_a, const double* b, double factor_b, int64_t count,
+                                 double* to) {
+    add_scaled(a, factor_a, b, factor_b, count, to);
+}
+
 template <typename Real>
 void backward(const int64_t* elements, int64_t layers, const Real* upstream, const detr_fast_set_losses& saved,
               Real* logit_gradient, Real* box_gradient, int threads) {
+    const auto* logit = static_cast<const Real*>(saved.logit_slope);
     const auto* l1 = static_cast<const Real*>(saved.l1_slope);
     const auto* giou = static_cast<const Real*>(saved.giou_slope);
     for (int64_t l = 0; l < layers; ++l) {
-        for (int64_t i = l * elements[1]; i < (l + 1) * elements[1]; ++i) {
-            box_gradient[i] = upstream[layers + l] * l1[i] + upstream[2 * layers + l] * giou[i];
-        }
+        const int64_t first = l * elements[1];
+        scaled_sum(l1 + first, upstream[layers + l], giou + first, upstream[2 * layers + l], elements[1],
+                   box_gradient + first);
     }
-    if (logit_gradient == nullptr) return;
+    const auto is_one = [](Real factor) { return factor == Real(1); };
+    if (logit_gradient == logit && std::all_of(upstream, upstream + layers, is_one)) return;
     const int64_t chunks = (elements[0] + chunk - 1) / chunk;
     parallel_for(layers * chunks, static_cast<int>(std::min<int64_t>(threads, layers * chunks)), [&](int64_t task) {
         const int64_t layer = task / chunks;
         const int64_t first = task % chunks * chunk;
         const int64_t offset = layer * elements[0] + first;
         const int64_t count = std::min(chunk, elements[0] - first);
-        scaled(static_cast<const Real*>(saved.logit_slope) + offset, upstream[layer], count, logit_gradient + offset);
+        scaled(logit + offset, upstream[layer], count, logit_gradient + offset);
     });
 }
 

@@ -13,21 +13,14 @@ from detr_fast.ops.assignment.report import AssignmentOutcome, AssignmentReport,
 HALVES = (torch.float16, torch.bfloat16)
 
 
-def _make_quick_assignment() -> Callable[[Tensor, Sequence[int]], Tensor | None]:
-    """The op for its usual call in one step of native code: eager, on the CPU, the counts a list.
-
-    It returns None for every other call and where it finds no matching; the ordinary way then does what is to be done.
-    To look at a tensor and to make one takes 5 microseconds from Python, and 0.5 by the functions that recent releases
-    of torch hand out for native code; a problem of 100 queries and 7 targets takes 0.3.
-    """
-    native = _native.load().module
-    exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    if native is None or exchange is None:
-        return lambda cost, num_targets: None
-    return native.make_quick_assignment(Tensor, exchange, torch.get_num_threads)
+def _no_quick_assignment(cost: Tensor, num_targets: Sequence[int]) -> Tensor | None:
+    """Of a torch that has no quick calls."""
 
 
-quick_assignment = _make_quick_assignment()
+# Looked up once: it takes a tenth of a small problem's time.
+quick_assignment: Callable[[Tensor, Sequence[int]], Tensor | None] = getattr(
+    _native.load().quick, "assignment", _no_quick_assignment
+)
 
 
 def why_not(cost: Tensor) -> str | None:

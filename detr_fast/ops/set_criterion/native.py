@@ -11,7 +11,7 @@ from detr_fast.ops import _native
 from detr_fast.ops.matching_cost.native import NativeArguments
 from detr_fast.ops.matching_cost.types import CostWeights, PackedTargets
 from detr_fast.ops.set_loss.native import LossResults
-from detr_fast.ops.set_loss.types import ClassLoss
+from detr_fast.ops.set_loss.types import ClassLoss, CrossEntropy
 
 
 def set_criterion_native(
@@ -25,6 +25,12 @@ def set_criterion_native(
     with_slopes: bool,
 ) -> tuple[Tensor, ...]:
     """Losses, metrics, slopes of logits, L1 and GIoU, ``query_of_target`` and ``num_nonfinite``."""
+    quick = _native.load().quick
+    if quick is not None and extra_cost is None and isinstance(class_loss, CrossEntropy):
+        weight = class_loss.weights(logits[0].shape[2], logits[0])
+        found = quick.criterion(logits, boxes, targets, weights, weight, num_boxes, with_slopes)
+        if found is not None:
+            return found  # type: ignore[no-any-return]
     arguments = NativeArguments(logits, boxes, targets, weights, extra_cost)
     results = LossResults(arguments, class_loss, num_boxes, with_slopes)
     layers, batch, _, _ = arguments.sizes

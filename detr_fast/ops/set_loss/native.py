@@ -70,19 +70,19 @@ class LossResults:
 def set_loss_backward_native(
     upstream: Tensor, logit_slope: Tensor, l1_slope: Tensor, giou_slope: Tensor, owned: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of logits and boxes. Slopes that nobody else will ask for (``owned``) are given away, times 1."""
-    native, upstream = _native.module(), upstream.contiguous()
-    is_double = upstream.dtype == torch.float64
-    give = owned and native.set_loss_keeps_logit_slope(is_double, len(logit_slope), upstream.data_ptr())
-    logit_gradient = logit_slope if give else torch.empty_like(logit_slope)
-    box_gradient = torch.empty_like(l1_slope)
-    native.set_loss_backward_cpu(
-        is_double,
+    """Gradients of logits and boxes. Of slopes that nobody else will ask for (``owned``) they take the place."""
+    native = _native.load()
+    if owned and native.quick is not None and native.quick.backward(upstream, logit_slope, l1_slope, giou_slope):
+        return logit_slope, l1_slope
+    upstream = upstream.contiguous()
+    logit_gradient, box_gradient = (x if owned else torch.empty_like(x) for x in (logit_slope, l1_slope))
+    _native.module().set_loss_backward_cpu(
+        upstream.dtype == torch.float64,
         (logit_slope[0].numel(), l1_slope[0].numel()),
         len(logit_slope),
         upstream.data_ptr(),
         (logit_slope.data_ptr(), l1_slope.data_ptr(), giou_slope.data_ptr()),
-        0 if give else logit_gradient.data_ptr(),
+        logit_gradient.data_ptr(),
         box_gradient.data_ptr(),
         torch.get_num_threads(),
     )
