@@ -24,6 +24,7 @@ from torch import Tensor
 
 from benchmarks import costs, where
 from benchmarks.harness import Contest, Contestant
+from benchmarks.marks import marked
 from benchmarks.peers import PEERS, Peer, as_matching
 from benchmarks.shapes import COCO_LARGE
 from detr_fast.ops import assignment
@@ -75,11 +76,15 @@ CASES = (
     *(single(n, n, costs.uniform) for n in (10, 100, 1000, 2000)),
     *(single(q, t, kind) for kind in (costs.untrained, costs.alike) for q, t in ((300, 100), (900, 300))),
 )
-MARKED = [pytest.param(p, id=p.name, marks=[pytest.mark.large] * (max(p.counts) >= 1000)) for p in CASES]
+
+
+def is_large(problems: Problems) -> bool:
+    """Half a million costs or more."""
+    return problems.queries * sum(problems.counts) > 500_000
 
 
 @pytest.mark.parametrize("contestant", [*(peer.name for peer in PEERS), *OURS])
-@pytest.mark.parametrize("problems", MARKED)
+@pytest.mark.parametrize("problems", marked(CASES, is_large))
 def test_assignment(race: Race, problems: Problems, contestant: str) -> None:
     race(f"assignment {problems.name}", contestant, lambda: contest(problems))
 

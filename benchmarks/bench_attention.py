@@ -209,7 +209,7 @@ CASES = {
     "cross one": (ONE_MAP, True),
     "cross mixed-4": (MIXED_MAPS, True),
 }
-LARGE = ("encoder dilated-one",)
+LARGE = ("encoder mixed-4", "encoder dilated-one")
 cases = pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.large] * (c in LARGE)) for c in CASES])
 contestants = pytest.mark.parametrize("contestant", CONTESTANTS)
 

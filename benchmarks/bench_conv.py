@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import Contest, Contestant
+from benchmarks.marks import marked
 from benchmarks.shapes import RESNET50_LAYERS, RESNET50_STEM, ConvShape
 from detr_fast.ops import PackedConv, _native, conv, conv_max_pool
 from detr_fast.ops.conv.native import ALGORITHMS
@@ -28,14 +29,8 @@ if os.environ.get("ONEDNN_MAX_CPU_ISA") == "AVX2" and _native.load().module is n
 CONTESTANTS = ("torch nchw", "torch", *ALGORITHMS)
 
 
-LAYERS = [
-    pytest.param(shape, id=shape.name, marks=[pytest.mark.large] * (not shape.name.startswith("layer3")))
-    for shape in RESNET50_LAYERS
-]
-
-
 @pytest.mark.parametrize("contestant", CONTESTANTS)
-@pytest.mark.parametrize("shape", LAYERS)
+@pytest.mark.parametrize("shape", marked(RESNET50_LAYERS, lambda shape: not shape.name.startswith("layer3")))
 def test_layer(race: Race, shape: ConvShape, contestant: str) -> None:
     if contestant == "winograd" and not shape.takes_winograd:
         pytest.skip("Winograd's algorithm is for 3x3 kernels with stride 1 and no dilation")

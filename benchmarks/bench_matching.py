@@ -16,6 +16,7 @@ from torch import Tensor
 
 from benchmarks import original, padded, where
 from benchmarks.harness import Contest, Contestant
+from benchmarks.marks import marked
 from benchmarks.shapes import MATCHING_SHAPES, Shape
 from detr_fast import HungarianMatcher
 from detr_fast.matcher import matched_pairs
@@ -29,7 +30,7 @@ CONTESTANTS = ("original", "padded", "transformers", "detr_fast", "match_layers"
 
 
 @pytest.mark.parametrize("contestant", CONTESTANTS)
-@pytest.mark.parametrize("shape", MATCHING_SHAPES, ids=lambda shape: shape.name)
+@pytest.mark.parametrize("shape", marked(MATCHING_SHAPES, lambda shape: shape.num_queries > 100))
 def test_matching(race: Race, shape: Shape, contestant: str) -> None:
     race(f"matching {shape.name}", contestant, lambda: contest(shape))
 

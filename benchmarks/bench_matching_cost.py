@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks import original, where
 from benchmarks.bench_matching import WEIGHTS, cost_of_image, inputs
 from benchmarks.harness import Contest, Contestant
+from benchmarks.marks import marked
 from benchmarks.shapes import FOCAL_SHAPES, MATCHING_SHAPES, Shape
 from detr_fast.ops import PackedTargets, matching_cost
 from detr_fast.ops.matching_cost.api import OP
@@ -23,13 +24,13 @@ Race = Callable[[str, str, Callable[[], Contest]], None]
 
 
 @pytest.mark.parametrize("contestant", ["original", *(i.name for i in OP.implementations)])
-@pytest.mark.parametrize("shape", MATCHING_SHAPES, ids=lambda shape: shape.name)
+@pytest.mark.parametrize("shape", marked(MATCHING_SHAPES, lambda shape: shape.num_queries > 100))
 def test_matching_cost(race: Race, shape: Shape, contestant: str) -> None:
     race(f"matching_cost {shape.name}", contestant, lambda: contest(shape))
 
 
 @pytest.mark.parametrize("contestant", ["original", *(i.name for i in OP.implementations)])
-@pytest.mark.parametrize("shape", FOCAL_SHAPES, ids=lambda shape: shape.name)
+@pytest.mark.parametrize("shape", marked(FOCAL_SHAPES, lambda shape: shape.num_queries > 100))
 def test_matching_cost_focal(race: Race, shape: Shape, contestant: str) -> None:
     race(f"matching_cost focal {shape.name}", contestant, lambda: contest(shape, focal=True))
 

@@ -7,7 +7,7 @@ and a backward pass with dropout 0.1, without the optimiser.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from benchmarks import where
 from benchmarks.harness import Contest, Contestant
+from benchmarks.marks import marked
 from benchmarks.original_transformer import OriginalTransformer
-from benchmarks.shapes import DILATED_MAP, MAP_SHAPES, MIXED_MAPS, ONE_MAP, MapShape
+from benchmarks.shapes import MAP_SHAPES, MIXED_MAPS, ONE_MAP, MapShape
 from detr_fast import Transformer
 
 Race = Callable[[str, str, Callable[[], Contest]], None]
@@ -25,20 +26,14 @@ Arguments = tuple[Tensor, Tensor, Tensor, Tensor]
 CONTESTANTS = ("original", "original-sdpa", "detr_fast")
 
 
-def params(shapes: Iterable[MapShape], large: MapShape) -> pytest.MarkDecorator:
-    """The shapes by name, the large one marked."""
-    marked = [pytest.param(s, id=s.name, marks=[pytest.mark.large] * (s == large)) for s in shapes]
-    return pytest.mark.parametrize("shape", marked)
-
-
 @pytest.mark.parametrize("contestant", CONTESTANTS)
-@params(MAP_SHAPES, large=DILATED_MAP)
+@pytest.mark.parametrize("shape", marked(MAP_SHAPES, lambda shape: shape != ONE_MAP))
 def test_inference(race: Race, shape: MapShape, contestant: str) -> None:
     race(f"transformer inference {shape.name}", contestant, lambda: inference(shape))
 
 
 @pytest.mark.parametrize("contestant", CONTESTANTS)
-@params([ONE_MAP, MIXED_MAPS], large=MIXED_MAPS)
+@pytest.mark.parametrize("shape", marked([ONE_MAP, MIXED_MAPS], lambda shape: shape != ONE_MAP))
 def test_training(race: Race, shape: MapShape, contestant: str) -> None:
     race(f"transformer training {shape.name}", contestant, lambda: training(shape))
 

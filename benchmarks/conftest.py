@@ -16,8 +16,8 @@ from benchmarks.results_file import table, write_results
 
 # --benchmark-quick: about as long each contestant is timed, and in how many rounds at least.
 QUICK_SECONDS, QUICK_ROUNDS = 0.05, 3
-# Where --benchmark-max-time is not given: pytest-benchmark's second would make the suite take half an hour.
-SECONDS = 0.5
+# Where --benchmark-max-time is not given: pytest-benchmark's second would make the suite take longer than half an hour.
+SECONDS = 0.3
 
 
 @dataclass
