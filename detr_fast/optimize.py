@@ -12,6 +12,7 @@ from detr_fast.graphed_inference import GraphedForward, GraphSizes
 from detr_fast.models.backbone import Backbone, ResNet
 from detr_fast.models.detr import Detr
 from detr_fast.models.packed_resnet import PackedResNet, can_pack
+from detr_fast.models.packed_transformer import pack_transformer
 from detr_fast.models.segmentation import DetrSegm
 from detr_fast.models.transformer import Transformer
 
@@ -30,10 +31,11 @@ def optimize(
 
     Every ResNet in it becomes a ``PackedResNet``: batch norms folded into weights that lie as the convolutions read
     them, bias, sum and ReLU inside the convolutions, and large maps in memory that is used again by the next call. Any
-    other backbone, and a ResNet with other norms, stays as it is.
+    other backbone, and a ResNet with other norms, stays as it is. A ``Transformer`` in float32 on a CPU has
+    the weights of its linear layers packed.
 
     The copy takes the arguments of the model and images of any size; it can be pickled, copied, moved to a device and
-    called by several threads at once. It is in eval mode, needs no gradients, and has no weights of a ResNet in its
+    called by several threads at once. It is in eval mode, needs no gradients, and has no packed weights in its
     ``state_dict``: keep the model itself for training on and for checkpoints.
 
     Args:
@@ -67,6 +69,8 @@ def optimize(
             _compute_in(dtype, module)
         if isinstance(module, Transformer) and compile:
             module.compile(dynamic=True)
+        if isinstance(module, Transformer) and not compile and dtype is None:
+            pack_transformer(module)
     if cuda_graph:
         sizes = cuda_graph if isinstance(cuda_graph, GraphSizes) else GraphSizes()
         fast.forward = GraphedForward(fast, sizes)  # type: ignore[method-assign]

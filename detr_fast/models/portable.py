@@ -14,6 +14,7 @@ from detr_fast.models.attention import MultiHeadAttention
 from detr_fast.models.backbone import FrozenBatchNorm2d
 from detr_fast.models.detr import Detr
 from detr_fast.models.packed_resnet import PackedResNet
+from detr_fast.models.packed_transformer import PackedDecoder
 from detr_fast.models.position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine
 from detr_fast.models.segmentation import AttentionMap, DetrSegm, MaskHead
 from detr_fast.models.transformer import Transformer, TransformerDecoderLayer, TransformerEncoderLayer
@@ -199,7 +200,7 @@ def check_portable(model: nn.Module) -> None:
     if not isinstance(detr.transformer, Transformer) or not len(detr.transformer.decoder.layers):
         found = type(detr.transformer).__name__
         raise TypeError(f"the model's transformer must be detr_fast's Transformer with a decoder, got {found}")
-    if any(isinstance(module, PackedResNet) for module in model.modules()):
+    if any(isinstance(module, (PackedResNet, PackedDecoder)) for module in model.modules()):
         raise TypeError(
             "the model must be the one that was optimised, got the optimised copy, whose weights are packed"
         )

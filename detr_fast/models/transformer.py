@@ -181,7 +181,7 @@ class TransformerDecoder(nn.Module):
         batch = layout.batch
         queries = TokenLayout.full(batch, (1, len(query_pos)), query_pos.device)
         layers: list[TransformerDecoderLayer] = list(self.layers)  # type: ignore[arg-type]
-        memories = project_memory([layer.multihead_attn for layer in layers], memory, memory_pos)
+        memories = self.project_memory(memory, memory_pos)
         x = torch.zeros_like(query_pos).expand(batch, -1, -1)
         x_pos = query_pos.expand(batch, -1, -1)
         outputs = []
@@ -195,6 +195,11 @@ class TransformerDecoder(nn.Module):
                 x, x_pos = _checkpointed(run, x, x_pos) if _checkpoints(self) else run(x, x_pos)
             outputs.append(x)
         return self.norm(torch.stack(outputs if self.return_intermediate else outputs[-1:]))
+
+    def project_memory(self, memory: Tensor, memory_pos: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Every layer's keys and values [N, H, E] of the memory [N, D], without and with positions."""
+        layers: list[TransformerDecoderLayer] = list(self.layers)  # type: ignore[arg-type]
+        return project_memory([layer.multihead_attn for layer in layers], memory, memory_pos)
 
 
 class Transformer(nn.Module):
