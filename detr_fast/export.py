@@ -13,6 +13,7 @@ import copy
 import json
 import logging
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -36,8 +37,9 @@ SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
 # The first with an operator for the whole of attention is 23, which runtimes of before 2025 do not read.
 DEFAULT_OPSET = 18
 OPSETS = range(18, 24)
-# (batch, height, width) that a file is checked on: another batch, a side that no stride divides, one that all do.
-CHECKED_SIZES = ((1, 128, 192), (2, 203, 150), (3, 97, 161))
+# (batch, height, width) that a file is checked on: another batch, a side that no stride divides, one that all do, maps
+# of one cell a side.
+CHECKED_SIZES = ((1, 128, 192), (2, 203, 150), (3, 97, 161), (1, 15, 90), (2, 90, 16))
 # Two float32 implementations of DETR differ by about 1e-5 in logits of about 10, and by 1e-4 in a mask's.
 TOLERANCE = 1e-3
 METADATA_KEY = "detr_fast"
@@ -197,7 +199,22 @@ def _trace(model: PortableDetr, padding: bool) -> torch.export.ExportedProgram:
     inputs = _example(2, 224, 288, padding, torch.Generator())
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of torch's own code
-        return torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
+        program = torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
+    _accept_single_cells(program)
+    return program
+
+
+def _accept_single_cells(program: torch.export.ExportedProgram) -> None:
+    """Take from a program what tracing assumed of sizes: that every map has at least two cells a side.
+
+    Its graph holds for one cell, too, as ``verify`` shows. What is left are upper bounds, as of learned positions.
+    There is no public way: bounds that are asked for are refused where tracing assumed others.
+    """
+    bounds: dict[Any, Any] = program._range_constraints
+    for symbol, bound in bounds.items():
+        bounds[symbol] = type(bound)(1, bound.upper)
+    if hasattr(program, "_guards_code"):  # from torch 2.9 on
+        program._guards_code = []
 
 
 def _save_onnx(program: torch.export.ExportedProgram, path: Path, padding: bool, opset: int, metadata: str) -> None:
@@ -215,8 +232,24 @@ def _save_onnx(program: torch.export.ExportedProgram, path: Path, padding: bool,
     parts: list[Any] = [*graph.inputs, *graph.outputs, *graph.all_nodes()]
     for part in parts:
         part.metadata_props.clear()  # among them stack traces, with the paths of this machine
+    _name_axes(graph)
     exported.model.metadata_props[METADATA_KEY] = metadata
     exported.save(path)
+
+
+def _name_axes(graph: Any) -> None:
+    """Give the free axes of a graph the names that its callers know, in place of the tracer's symbols."""
+    names = {str(graph.inputs[0].shape[axis]): name for axis, name in ((0, "batch"), (2, "height"), (3, "width"))}
+    if len(graph.outputs) == len(OUTPUTS):  # masks, whose sides are expressions of the images'
+        names |= {str(graph.outputs[2].shape[axis]): name for axis, name in ((2, "mask_height"), (3, "mask_width"))}
+    values = [*graph.inputs, *graph.outputs, *(value for node in graph.all_nodes() for value in node.outputs)]
+    symbol = re.compile(r"\bs\d+\b")
+    for value in values:
+        for axis, size in enumerate(value.shape or ()):
+            if isinstance(size, int) or str(size) == "None":
+                continue
+            name = names.get(str(size)) or symbol.sub(lambda found: names.get(found[0], found[0]), str(size))
+            value.shape[axis] = name
 
 
 @contextmanager

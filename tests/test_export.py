@@ -120,6 +120,19 @@ def test_onnx_with_masks_and_padding(tmp_path: Path) -> None:
     assert "BatchNormalization" not in operators and operators["Softmax"] == 4 + 1, "four attentions, one mask head"
     assert not any(node.domain for node in file.graph.node)
     assert b".py" not in file.SerializeToString(), "no stack traces"
+    axes = {
+        value.name: [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
+        for value in (*file.graph.input, *file.graph.output)
+    }
+    assert axes == {
+        "images": ["batch", 3, "height", "width"],
+        "sizes": ["batch", 2],
+        "pred_logits": ["batch", 5, 5],
+        "pred_boxes": ["batch", 5, 4],
+        "pred_masks": ["batch", 5, "mask_height", "mask_width"],
+    }
+    inner = [size.dim_param for value in file.graph.value_info for size in value.type.tensor_type.shape.dim]
+    assert "batch" in inner and not any(re.search(r"\bs\d+\b", name) for name in inner)
     (metadata,) = file.metadata_props
     assert metadata.key == "detr_fast" and json.loads(metadata.value) == {"categories": {"1": "cat"}}
 
@@ -139,6 +152,28 @@ def test_exported_program(tmp_path: Path) -> None:
     targets = {str(node.target) for node in program.graph.nodes}
     assert "aten.scaled_dot_product_attention.default" in targets
     assert not any("detr_fast" in target for target in targets)
+
+
+def test_a_program_takes_images_of_any_size(tmp_path: Path) -> None:
+    """Of one pixel a side, and of maps of one cell in either direction."""
+    model, path = small_segm(), tmp_path / "model.pt2"
+    export_model(model, path, format="torch-export")
+    run = torch.export.load(path).module()
+    for batch, height, width in ((1, 1, 1), (2, 1, 40), (1, 200, 9), (3, 32, 33), (1, 33, 32), (2, 100, 70)):
+        images = torch.randn(batch, 3, height, width)
+        with torch.no_grad():
+            expected = model(images)
+        for name, answer in run(images, None).items():
+            # Rounding comes to 5e-6; an answer for maps of another size would differ by more than 0.01.
+            torch.testing.assert_close(answer, expected[name], atol=2e-4, rtol=2e-4)
+
+
+def test_learned_positions_keep_their_bound(tmp_path: Path) -> None:
+    model, path = small_model(position_embedding="learned"), tmp_path / "model.pt2"
+    export_model(model, path, format="torch-export")
+    verify(model, path, format="torch-export")
+    with pytest.raises((RuntimeError, AssertionError), match="800"):  # 50 cells of 16 pixels
+        torch.export.load(path).module()(torch.randn(1, 3, 32, 801), None)
 
 
 def test_command_on_a_trained_models_file(
