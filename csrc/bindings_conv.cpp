@@ -54,18 +54,6 @@ void conv_max_pool_cpu(const Sizes& sizes, uintptr_t x, const std::array<int64_t
                                 at<const float>(bias), at<float>(out), threads);
 }
 
-int64_t winograd_packed_floats(const Sizes& sizes) {
-    const auto shape = shape_of(sizes);
-    return detr_fast_winograd_packed_floats(&shape);
-}
-
-void winograd_pack(const Sizes& sizes, uintptr_t weight, uintptr_t scale, bool adjoint, uintptr_t packed, int threads) {
-    const py::gil_scoped_release release;
-    const auto shape = shape_of(sizes);
-    const detr_fast_conv_weight from{at<const float>(weight), at<const float>(scale), adjoint};
-    detr_fast_winograd_pack(&shape, &from, at<float>(packed), threads);
-}
-
 void winograd_cpu(const Sizes& sizes, uintptr_t x, uintptr_t packed, uintptr_t bias, uintptr_t residual, uintptr_t gate,
                   bool relu, uintptr_t out, int threads) {
     const py::gil_scoped_release release;
@@ -82,7 +70,5 @@ void bind_conv(py::module_& m) {
     m.def("conv_cpu", &conv_cpu);
     m.def("conv_max_pool_cpu", &conv_max_pool_cpu);
     m.def("multiply_and_add_cpu", &detr_fast_multiply_and_add_cpu, py::call_guard<py::gil_scoped_release>());
-    m.def("winograd_packed_floats", &winograd_packed_floats);
-    m.def("winograd_pack", &winograd_pack);
     m.def("winograd_cpu", &winograd_cpu);
 }

@@ -22,6 +22,8 @@ namespace detr_fast {
 // Memory that a thread keeps from problem to problem, unless it is much.
 class Scratch {
   public:
+    explicit Scratch(size_t largest_kept = size_t{4} << 20) : largest_kept_(largest_kept) {}
+
     unsigned char* reserve(size_t bytes) {
         if (bytes > capacity_) {
             memory_.reset();
@@ -33,15 +35,14 @@ class Scratch {
     }
 
     void release_if_large() {
-        if (capacity_ <= largest_kept) return;
+        if (capacity_ <= largest_kept_) return;
         memory_.reset();
         capacity_ = 0;
     }
 
   private:
-    static constexpr size_t largest_kept = size_t{4} << 20;
     std::unique_ptr<unsigned char[]> memory_;
-    size_t capacity_ = 0;
+    size_t capacity_ = 0, largest_kept_;
 };
 
 // Writes each target's query, -1 where there is none.

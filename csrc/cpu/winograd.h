@@ -12,15 +12,8 @@
 extern "C" {
 #endif
 
-// Floats that the packed weight takes: four times those of the weight.
-int64_t detr_fast_winograd_packed_floats(const struct detr_fast_conv* shape);
-
-// Transforms the weight in float64 and rounds it once.
-void detr_fast_winograd_pack(const struct detr_fast_conv* shape, const struct detr_fast_conv_weight* weight,
-                             float* packed, int threads);
-
-// As detr_fast_conv_cpu. The bits of the result do not depend on the number of threads. A number that is not finite
-// spoils every output of the 4x4 that it is an input of.
+// As detr_fast_conv_cpu, with the weight as detr_fast_conv_pack packs it. The bits of the result do not depend on the
+// number of threads. A number that is not finite spoils every output of the 4x4 that it is an input of.
 void detr_fast_winograd_cpu(const struct detr_fast_conv* shape, const float* x, const float* packed, const float* bias,
                             const float* residual, const float* gate, bool relu, float* out, int threads);
 

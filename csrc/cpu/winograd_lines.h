@@ -45,21 +45,20 @@ DETR_FAST_INLINE void output_line(const Number (&at)[inputs], Number (&y)[output
     y[3] = p * p2 * odd_p + q * q2 * odd_q + at[5];
 }
 
-// The values of w[0] + w[1] x + w[2] x^2 at the points, each over the derivative there of the polynomial that is zero
-// at all of them.
-template <typename Doubles>
-DETR_FAST_INLINE void weight_line(const Doubles (&w)[3], Doubles (&at)[inputs]) {
-    constexpr double p1 = p, q1 = q, pp = p2, qq = q2;
-    constexpr double of_0 = 1 / (pp * qq), of_p = 1 / (2 * pp * (pp - qq)), of_q = 1 / (2 * qq * (qq - pp));
-    const Doubles even_p = of_p * (w[0] + pp * w[2]), odd_p = of_p * p1 * w[1];
-    const Doubles even_q = of_q * (w[0] + qq * w[2]), odd_q = of_q * q1 * w[1];
-    at[0] = of_0 * w[0];
-    at[1] = even_p + odd_p;
-    at[2] = even_p - odd_p;
-    at[3] = even_q + odd_q;
-    at[4] = even_q - odd_q;
-    at[5] = w[2];
+// The value of w(0) + w(1) x + w(2) x^2 at a point, which `weight_scale` of the point is a factor of: one over the
+// derivative there of the polynomial that is zero at all of them.
+template <int point, typename Weight>
+DETR_FAST_INLINE auto weight_at(const Weight& w) {
+    if constexpr (point == 0) return w(0);
+    if constexpr (point == 1) return w(0) + p2 * w(2) + p * w(1);
+    if constexpr (point == 2) return w(0) + p2 * w(2) - p * w(1);
+    if constexpr (point == 3) return w(0) + q2 * w(2) + q * w(1);
+    if constexpr (point == 4) return w(0) + q2 * w(2) - q * w(1);
+    if constexpr (point == 5) return w(2);
 }
+
+constexpr double slope_p = 2.0 * p2 * (p2 - q2), slope_q = 2.0 * q2 * (q2 - p2);
+constexpr double weight_scale[inputs] = {1 / (1.0 * p2 * q2), 1 / slope_p, 1 / slope_p, 1 / slope_q, 1 / slope_q, 1};
 
 }  // namespace winograd
 }  // namespace detr_fast

@@ -30,7 +30,7 @@ class Workspace:
         ``pooled``: where ``conv_max_pool`` may.
         """
         sides = packed.out_size(*x.shape[2:])
-        shape = (len(x), *((side + 1) // 2 if pooled else side for side in sides), len(packed.weight))
+        shape = (len(x), *((side + 1) // 2 if pooled else side for side in sides), packed.shape[0])
         size, memory = math.prod(shape), self._memory.get(name)
         if memory is None or len(memory) < size or memory.dtype != x.dtype or memory.device != x.device:
             self._memory.pop(name, None)  # given back before more is taken
@@ -149,7 +149,7 @@ class PackedResNet(nn.Module):
         super()._apply(fn, recurse)
         self.stem = applied(fn, self.stem)
         self.stages = [[block.apply(fn) for block in stage] for stage in self.stages]
-        self.dtype = self.stem.weight.dtype
+        self.dtype = self.stem.dtype
         return self
 
 

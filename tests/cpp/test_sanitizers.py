@@ -19,6 +19,7 @@ PROGRAMS = {
     "conv_test": [
         "csrc/cpu/conv.cpp",
         "csrc/cpu/conv_max_pool.cpp",
+        "csrc/cpu/conv_pack.cpp",
         "csrc/cpu/thread_pool.cpp",
         "csrc/cpu/widths.cpp",
     ],
@@ -33,7 +34,12 @@ PROGRAMS = {
     "mask_places_test": ["csrc/cpu/mask_argmax.cpp", "csrc/cpu/mask_threshold.cpp", "csrc/cpu/thread_pool.cpp"],
     "add_layer_norm_test": ["csrc/cpu/add_layer_norm.cpp", "csrc/cpu/thread_pool.cpp"],
     "relu_dropout_test": ["csrc/cpu/relu_dropout.cpp", "csrc/cpu/thread_pool.cpp"],
-    "winograd_test": ["csrc/cpu/winograd.cpp", "csrc/cpu/thread_pool.cpp", "csrc/cpu/widths.cpp"],
+    "winograd_test": [
+        "csrc/cpu/conv_pack.cpp",
+        "csrc/cpu/thread_pool.cpp",
+        "csrc/cpu/widths.cpp",
+        "csrc/cpu/winograd.cpp",
+    ],
 }
 # Unrolled for three widths of vectors and looked at everywhere, attention takes GCC two minutes, the others one.
 UNLIKELY = "-fno-sanitize=null,alignment,object-size,pointer-overflow"

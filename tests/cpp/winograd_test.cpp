@@ -39,9 +39,9 @@ struct Layer {
           bias(random_floats(c.outputs, 3)),
           residual(random_floats(c.images * c.height * c.width * c.outputs, 4)) {
         const detr_fast_conv sizes = shape();
-        packed.resize(detr_fast_winograd_packed_floats(&sizes));
+        packed.resize(detr_fast_conv_packed_floats(&sizes));
         const detr_fast_conv_weight from{weight.data(), nullptr, false};
-        detr_fast_winograd_pack(&sizes, &from, packed.data(), 2);
+        detr_fast_conv_pack(&sizes, &from, packed.data(), 2);
     }
 
     detr_fast_conv shape() const {
@@ -98,6 +98,8 @@ void run_all() {
     run({3, 7, 3, 20, 5, 2, true, true, false});
     run({1, 10, 11, 8, 32, 3, true, false, true});
     run({1, 2, 40, 65, 8, 1, false, false, true});
+    // Too many weights to be transformed beforehand.
+    run({2, 9, 6, 130, 170, 1, true, true, true});
 }
 
 }  // namespace

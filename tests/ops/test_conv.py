@@ -250,9 +250,22 @@ def test_of_two_that_pack_at_once_both_get_the_first() -> None:
     """Whoever is late must not replace what the other one already reads from."""
     packed, first = PackedConv.of(torch.randn(2, 2, 1, 1)), []
 
-    def overtaken(packed: PackedConv) -> torch.Tensor:
-        first.append(packed.form("gemm", lambda _: torch.zeros(1)))
+    def overtaken(packed: PackedConv, weight: Tensor) -> Tensor:
+        first.append(packed.panels(lambda _, weight: torch.zeros(1)))
         return torch.ones(1)
 
-    assert packed.form("gemm", overtaken) is first[0]
-    assert packed.form("gemm", overtaken) is first[0] and len(first) == 1
+    assert packed.panels(overtaken) is first[0]
+    assert packed.panels(overtaken) is first[0] and len(first) == 1
+
+
+@needs_native
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (130, 3, 7, 7), (64, 5, 1, 3), (70, 33, 3, 3)])
+def test_the_weight_comes_back_from_panels(shape: tuple[int, ...]) -> None:
+    weight = torch.randn(shape)
+    packed = PackedConv.of(weight)
+    assert packed.weight is not weight and packed.weight.data_ptr() == weight.data_ptr()
+    with torch.inference_mode():
+        conv(torch.randn(1, shape[1], 9, 9), packed, backend="native")
+    assert packed.weight.data_ptr() != weight.data_ptr()  # it is not kept beside the panels
+    assert torch.equal(packed.weight, weight) and packed.weight.is_contiguous() and not packed.weight.is_inference()
+    assert torch.equal(pickle.loads(pickle.dumps(packed)).weight, weight)

@@ -81,7 +81,7 @@ def _check(inputs: ConvInputs) -> None:
         raise ValueError(f"algorithm must be None or one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
     if algorithm == "winograd" and not fits_winograd(sizes_of(packed, x.shape)):
         raise ValueError(f"algorithm 'winograd' needs 3x3, stride 1 and padding equal to dilation, got {packed}")
-    shape = [len(x), len(packed.weight), *packed.out_size(*x.shape[2:])]
+    shape = [len(x), packed.shape[0], *packed.out_size(*x.shape[2:])]
     for name, tensor in (("residual", residual), ("gate", gate)):
         if tensor is not None:
             check_same_kind(name, tensor, shape, x)

@@ -44,23 +44,22 @@ def conv_native(inputs: ConvInputs) -> Tensor:
     x = inputs.x.detach().contiguous(memory_format=torch.channels_last)
     sizes = sizes_of(packed, x.shape)
     algorithm = inputs.algorithm or fastest(sizes)
-    form = packed_for_winograd(packed) if algorithm == "winograd" else packed_for_gemm(packed)
     maps = _channels_last(inputs.residual), _channels_last(inputs.gate)
-    return run(algorithm, sizes, x, form, packed.bias, *maps, inputs.relu, inputs.out)
+    return run(algorithm, sizes, x, panels_of(packed), packed.bias, *maps, inputs.relu, inputs.out)
 
 
 def run(
     algorithm: str,
     sizes: Sizes,
     x: Tensor,
-    form: Tensor,
+    panels: Tensor,
     bias: Tensor | None,
     residual: Tensor | None = None,
     gate: Tensor | None = None,
     relu: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """A convolution of channels-last maps with a weight in the form that ``pack`` makes for the algorithm."""
+    """A convolution of channels-last maps with a weight in the panels that ``pack`` makes."""
     if out is None:
         shape = sizes.batch, sizes.out_channels, sizes.out_height, sizes.out_width
         out = torch.empty(shape, dtype=torch.float32, memory_format=torch.channels_last)
@@ -68,7 +67,7 @@ def run(
     (native.winograd_cpu if algorithm == "winograd" else native.conv_cpu)(
         sizes,
         x.data_ptr(),
-        form.data_ptr(),
+        panels.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         0 if residual is None else residual.data_ptr(),
         0 if gate is None else gate.data_ptr(),
@@ -91,48 +90,36 @@ def fits_winograd(sizes: Sizes) -> bool:
 def fastest(sizes: Sizes) -> str:
     """The algorithm for a convolution of these sizes."""
     # On two cores of AVX-512 gemm takes 2.1 to 2.9 times as long as winograd on layers of a ResNet-50 at 800x1066
-    # (2.9 to 3.5 with AVX2), 1.7 with 8 channels and 2.7 with 16 at 100x100, and as long with 512 channels at
-    # 15x20. Below that winograd reads four times the weight for little: 0.9 at 8x8, 0.4 at 4x4.
+    # (2.9 to 3.5 with AVX2), 1.7 with 8 channels and 2.7 with 16 at 100x100, 1.8 with 512 channels at 15x20, and 1.1
+    # with 256 and 512 at 8x8. Below that winograd transforms the weight for little.
     pixels = sizes.batch * sizes.out_height * sizes.out_width
     pays = min(sizes.channels, sizes.out_channels) >= 8 and pixels >= 256
     return "winograd" if pays and fits_winograd(sizes) else "gemm"
 
 
-def pack(algorithm: str, sizes: Sizes, weight: Tensor, scale: Tensor | None = None, *, adjoint: bool = False) -> Tensor:
-    """The weight as the algorithm reads it.
+def pack(sizes: Sizes, weight: Tensor, scale: Tensor | None = None, *, adjoint: bool = False) -> Tensor:
+    """The weight in panels, as csrc/cpu/gemm_tile.h describes them: what both algorithms read.
 
     Args:
         weight: [K, C, R, S] contiguous; with ``adjoint`` that of the convolution whose gradient this one takes back.
         scale: [K], a factor for each channel of ``weight``.
     """
     native = _native.module()
-    floats, make = native.conv_packed_floats, native.conv_pack
-    if algorithm == "winograd":
-        floats, make = native.winograd_packed_floats, native.winograd_pack
-    form = torch.empty(floats(sizes), dtype=torch.float32)
+    panels = torch.empty(native.conv_packed_floats(sizes), dtype=torch.float32)
     of_scale = 0 if scale is None else scale.data_ptr()
-    make(sizes, weight.data_ptr(), of_scale, adjoint, form.data_ptr(), torch.get_num_threads())
-    return form
+    native.conv_pack(sizes, weight.data_ptr(), of_scale, adjoint, panels.data_ptr(), torch.get_num_threads())
+    return panels
 
 
-def packed_for_gemm(packed: PackedConv) -> Tensor:
-    """The weight in panels, as csrc/cpu/gemm_tile.h describes them."""
-    return packed.form("gemm", lambda packed: _pack("gemm", packed))
-
-
-def packed_for_winograd(packed: PackedConv) -> Tensor:
-    """The transformed weight in panels."""
-    return packed.form("winograd", lambda packed: _pack("winograd", packed))
-
-
-def _pack(algorithm: str, packed: PackedConv) -> Tensor:
-    return pack(algorithm, sizes_of(packed, (1, packed.weight.shape[1], 0, 0)), packed.weight)
+def panels_of(packed: PackedConv) -> Tensor:
+    """The weight in panels, in which ``packed`` keeps it from then on."""
+    return packed.panels(lambda packed, weight: pack(sizes_of(packed, (1, weight.shape[1], 0, 0)), weight))
 
 
 def sizes_of(packed: PackedConv, shape: Sequence[int]) -> Sizes:
     """Of the convolution of a map [B, C, H, W]."""
     batch, channels, height, width = shape
-    out_channels, _, kernel_height, kernel_width = packed.weight.shape
+    out_channels, _, kernel_height, kernel_width = packed.shape
     rows, columns = packed.out_size(height, width)
     of_maps = (batch, height, width, channels, rows, columns, out_channels)
     return Sizes(*of_maps, kernel_height, kernel_width, packed.stride, packed.padding, packed.dilation)

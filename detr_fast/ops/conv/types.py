@@ -10,23 +10,25 @@ from torch import Tensor
 
 from detr_fast.ops._dispatch import goes_through_dispatcher
 
+PANEL_COLUMNS = 64  # of csrc/cpu/gemm_tile.h
+
 
 class PackedConv:
-    """A convolution's weight and bias, and the forms of them that native kernels read, made when first asked for.
+    """A convolution's weight and bias, the weight in the order in which native kernels read it once one has asked.
 
-    Weight and bias must not change afterwards. It can be pickled and used by several threads at once; of the forms each
-    process makes its own.
+    Weight and bias must not change afterwards. It can be pickled and used by several threads at once.
 
     Attributes:
-        weight: [K, C, R, S] float, contiguous.
+        shape, dtype, device: of the weight; the shape is (K, C, R, S).
         bias: [K] of the weight's dtype and device, or None.
         stride, padding, dilation: the same in both directions.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, stride: int, padding: int, dilation: int) -> None:
-        self.weight, self.bias = weight, bias
-        self.stride, self.padding, self.dilation = stride, padding, dilation
-        self._forms: dict[str, Tensor] = {}
+        self.shape, self.dtype, self.device = weight.shape, weight.dtype, weight.device
+        self.bias, self.stride, self.padding, self.dilation = bias, stride, padding, dilation
+        self._weight: Tensor | None = weight
+        self._made: dict[str, Tensor] = {}
 
     @staticmethod
     def of(
@@ -58,24 +60,42 @@ class PackedConv:
 
     def out_size(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the result for a map of these; not positive where the kernel does not fit into it."""
-        spans = (self.dilation * (side - 1) + 1 for side in self.weight.shape[2:])
+        spans = (self.dilation * (side - 1) + 1 for side in self.shape[2:])
         rows, columns = (
             (length + 2 * self.padding - span) // self.stride + 1
             for length, span in zip((height, width), spans, strict=True)
         )
         return rows, columns
 
-    def form(self, algorithm: str, make: Callable[[PackedConv], Tensor]) -> Tensor:
-        """The weight as ``algorithm`` reads it; ``make`` is called the first time."""
-        # Two threads that ask at once may both make it; both get the first one, which lives as long as this object.
-        form = self._forms.get(algorithm)
-        return self._forms.setdefault(algorithm, make(self)) if form is None else form
+    @property
+    def weight(self) -> Tensor:
+        """[K, C, R, S] contiguous; a copy where it is kept in panels."""
+        weight = self._weight  # read once: another thread may put panels in its place
+        return self._from_panels(self._made["panels"]) if weight is None else weight
+
+    def panels(self, make: Callable[[PackedConv, Tensor], Tensor]) -> Tensor:
+        """The weight as csrc/cpu/gemm_tile.h describes it, in place of the weight itself.
+
+        ``make`` makes it of this object and the weight, the first time.
+        """
+        weight = self._weight
+        if weight is not None:
+            # Two threads that ask at once may both make it; both get the first one, which lives as long as this object.
+            with torch.inference_mode(False):
+                self._made.setdefault("panels", make(self, weight))
+            self._weight = None
+        return self._made["panels"]
+
+    def _from_panels(self, panels: Tensor) -> Tensor:
+        out_channels, channels, height, width = self.shape
+        by_channel = panels.view(-1, height * width, channels, PANEL_COLUMNS).permute(0, 3, 2, 1)
+        return by_channel.reshape(-1, channels, height, width)[:out_channels].contiguous()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_forms": {}}
+        return {**self.__dict__, "_weight": self.weight, "_made": {}}
 
     def __repr__(self) -> str:
-        shape = "x".join(str(side) for side in self.weight.shape)
+        shape = "x".join(str(side) for side in self.shape)
         return f"PackedConv({shape}, stride={self.stride}, padding={self.padding}, dilation={self.dilation})"
 
 
@@ -93,11 +113,10 @@ class ConvInputs(NamedTuple):
 
 def check_map(x: Tensor, packed: PackedConv) -> None:
     """Raise ValueError unless ``x`` can be convolved. Like the next ones it reads metadata only."""
-    weight = packed.weight
-    if x.ndim != 4 or x.shape[1] != weight.shape[1] or 0 in x.shape[1:]:
-        raise ValueError(f"x must be [B, {weight.shape[1]}, H, W] with pixels, got {list(x.shape)}")
-    if x.dtype != weight.dtype or x.device != weight.device:
-        wanted, got = f"{weight.dtype} on {weight.device}", f"{x.dtype} on {x.device}"
+    if x.ndim != 4 or x.shape[1] != packed.shape[1] or 0 in x.shape[1:]:
+        raise ValueError(f"x must be [B, {packed.shape[1]}, H, W] with pixels, got {list(x.shape)}")
+    if x.dtype != packed.dtype or x.device != packed.device:
+        wanted, got = f"{packed.dtype} on {packed.device}", f"{x.dtype} on {x.device}"
         raise ValueError(f"x must be {wanted}, as the weight is, got {got}")
     if min(packed.out_size(*x.shape[2:])) < 1:
         raise ValueError(f"x must be at least as large as the kernel of {packed}, got {list(x.shape)}")

@@ -47,7 +47,7 @@ def conv_max_pool(x: Tensor, packed: PackedConv, *, out: Tensor | None = None, b
         raise ValueError(f"packed must be without dilation, got {packed}")
     check_map(x, packed)
     rows, columns = ((length + 1) // 2 for length in packed.out_size(*x.shape[2:]))
-    check_out(out, [len(x), len(packed.weight), rows, columns], x)
+    check_out(out, [len(x), packed.shape[0], rows, columns], x)
     check_no_gradient(x=x, out=out)
     if goes_through_dispatcher(x):
         return conv_max_pool_reference(x, packed, out)

@@ -87,8 +87,8 @@ def _forward(
     """The layer of a channels-last map."""
     sizes = _sizes(x, layer)
     algorithm = conv.fastest(sizes)
-    form = conv.pack(algorithm, sizes, layer.weight.detach().contiguous(), layer.scale.contiguous())
-    return conv.run(algorithm, sizes, x, form, layer.shift.contiguous(), residual, None, relu, out)
+    panels = conv.pack(sizes, layer.weight.detach().contiguous(), layer.scale.contiguous())
+    return conv.run(algorithm, sizes, x, panels, layer.shift.contiguous(), residual, None, relu, out)
 
 
 def _backward(
@@ -102,8 +102,8 @@ def _backward(
     """The gradient of a map that a layer of stride 1 takes, which is a convolution of that of its result."""
     sizes = _sizes(grad, _adjoint(layer))
     algorithm = conv.fastest(sizes)
-    form = conv.pack(algorithm, sizes, layer.weight.detach().contiguous(), layer.scale.contiguous(), adjoint=True)
-    return conv.run(algorithm, sizes, grad, form, None, residual, gate, False, out)
+    panels = conv.pack(sizes, layer.weight.detach().contiguous(), layer.scale.contiguous(), adjoint=True)
+    return conv.run(algorithm, sizes, grad, panels, None, residual, gate, False, out)
 
 
 def _adjoint(layer: FrozenConv) -> FrozenConv:
