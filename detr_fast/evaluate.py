@@ -25,7 +25,7 @@ from detr_fast.models.segmentation import DetrSegm
 from detr_fast.optimize import optimize, optimizes
 from detr_fast.panoptic_evaluator import PanopticEvaluator, PanopticResult
 from detr_fast.postprocess import PostProcess
-from detr_fast.postprocess_masks import PostProcessPanoptic, PostProcessSegm
+from detr_fast.postprocess_masks import PostProcessPanoptic, PostProcessSegm, things_of_every_class
 from detr_fast.sharp_masks import with_sharp_masks
 
 __all__ = ["STAT_NAMES", "CocoEvaluator", "CocoResult", "evaluate", "evaluate_checkpoint"]
@@ -123,7 +123,8 @@ def evaluate_checkpoint(
         size, max_size: shortest side of the model's input, and the longest allowed, in pixels.
         model_options: what the file does not tell about its model, such as ``{"dilation": True}`` for a published
             DC5 checkpoint.
-        segments: folder of PNGs: the annotations are of COCO's panoptic format, and panoptic quality is measured.
+        segments: folder of PNGs: the annotations are of COCO's panoptic format, and panoptic quality is measured. A
+            segment of a class that they do not have is a false positive.
         masks: measure the average precision of masks, not of boxes.
         sharp_masks: sharpen what masks there are (see ``detr_fast.sharp_masks``).
         output: JSON file that the main process writes; its folder is made.
@@ -153,8 +154,12 @@ def evaluate_checkpoint(
     postprocess: nn.Module = PostProcess()
     evaluator: CocoEvaluator | PanopticEvaluator
     if segments is not None:
-        evaluator = PanopticEvaluator(annotations, segments)
-        postprocess = PostProcessPanoptic(evaluator.is_thing_map)
+        assert isinstance(model, DetrSegm)
+        evaluator = PanopticEvaluator(annotations, segments, names=meta.categories)
+        classes = model.detr.class_embed.out_features - 1
+        postprocess = PostProcessPanoptic(
+            things_of_every_class(classes, {**meta.is_thing_map, **evaluator.is_thing_map})
+        )
     else:
         evaluator = CocoEvaluator(annotations, ("segm",) if masks else ("bbox",))
     result, _ = evaluate(

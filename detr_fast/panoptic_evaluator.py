@@ -53,6 +53,7 @@ class PanopticResult:
         per_class: category name to quality; names that stand twice carry their id.
         num_images: images that count.
         num_unseen: how many of them were never passed to ``update``; they count as images without segments.
+        unknown: names of the classes that were predicted and that the annotations do not have.
     """
 
     every: Quality
@@ -61,6 +62,7 @@ class PanopticResult:
     per_class: dict[str, Quality]
     num_images: int
     num_unseen: int = 0
+    unknown: tuple[str, ...] = ()
 
     @property
     def stats(self) -> dict[str, float]:
@@ -75,6 +77,10 @@ class PanopticResult:
         lines = [f"COCO panoptic, {self.num_images} images"]
         if self.num_unseen:
             lines.append(f"{self.num_unseen} of them got no prediction and count as images without segments")
+        if self.unknown:
+            more = f" and {len(self.unknown) - 5} more" if len(self.unknown) > 5 else ""
+            lines.append(f"found, but not among the annotations' classes: {', '.join(self.unknown[:5])}{more}")
+            lines.append("  such segments are false positives, and each such class counts in the averages, with 0")
         lines.append(f"  {'':<{width}}     PQ     SQ     RQ     TP     FP     FN")
         lines += [f"  {name:<{width}}{quality.row()}" for name, quality in rows.items()]
         return "\n".join([*lines, "Each class", *(f"  {name:<{width}}{q.row()}" for name, q in self.per_class.items())])
@@ -87,15 +93,26 @@ class PanopticResult:
 class PanopticEvaluator:
     """Collects panoptic segmentations and measures their quality.
 
+    A predicted class that is not among the annotations' is a class without a true segment: its segments are false
+    positives, unless most of one lies where nothing is annotated.
+
     Args:
         annotations: path of a COCO panoptic annotation file, or its contents.
         folder: where its PNGs are.
+        names: of classes that the annotations do not have.
 
     Raises:
         AnnotationError: the annotations are unusable.
     """
 
-    def __init__(self, annotations: str | os.PathLike[str] | dict[str, Any], folder: str | os.PathLike[str]) -> None:
+    def __init__(
+        self,
+        annotations: str | os.PathLike[str] | dict[str, Any],
+        folder: str | os.PathLike[str],
+        *,
+        names: Mapping[int, str] | None = None,
+    ) -> None:
+        self.names = dict(names or {})
         self.contents = read_panoptic(annotations)
         self.folder = Path(folder)
         self.categories = category_names(self.contents)
@@ -143,12 +160,26 @@ class PanopticEvaluator:
         Raises:
             ValueError: a PNG does not fit its image, or its "segments_info".
         """
+        unknown = self._unknown()
         with tempfile.TemporaryDirectory() as folder:
-            evaluation = panoptic.PanopticEval(*self._files(Path(folder)), gt_folder=self.folder, pred_folder=folder)
+            files = self._files(Path(folder), unknown)
+            evaluation = panoptic.PanopticEval(*files, gt_folder=self.folder, pred_folder=folder)
             evaluation.evaluate()
-            return self._result(evaluation.results())
+            return self._result(evaluation.results(), unknown)
 
-    def _files(self, folder: Path) -> tuple[Path, Path]:
+    def _unknown(self) -> list[dict[str, Any]]:
+        """The predicted classes that the annotations do not have, as entries of their "categories"."""
+        found: dict[int, bool] = {}
+        for prediction in self._predictions.values():
+            for info in prediction["segments_info"]:
+                if info["category_id"] not in self.categories:
+                    found.setdefault(int(info["category_id"]), bool(info.get("isthing", True)))
+        return [
+            {"id": key, "name": self.names.get(key, f"class {key}"), "isthing": int(is_thing)}
+            for key, is_thing in sorted(found.items())
+        ]
+
+    def _files(self, folder: Path, unknown: list[dict[str, Any]]) -> tuple[Path, Path]:
         """The annotations and the predictions as files; an image without prediction gets an empty one."""
         unseen = self.annotations.keys() - self._predictions.keys()
         path = self.write(folder)
@@ -160,26 +191,30 @@ class PanopticEvaluator:
             entries.append({"image_id": image_id, "file_name": name, "segments_info": []})
         path.write_text(json.dumps({"annotations": entries}))
         truth_path = folder / "annotations.json"
-        truth_path.write_text(json.dumps(_with_optional_keys(self.contents)))
+        categories = [*self.contents["categories"], *unknown]
+        truth_path.write_text(json.dumps({**_with_optional_keys(self.contents), "categories": categories}))
         return truth_path, path
 
-    def _result(self, results: Mapping[str, Any]) -> PanopticResult:
-        names = list(self.categories.values())
+    def _result(self, results: Mapping[str, Any], unknown: list[dict[str, Any]]) -> PanopticResult:
+        categories = self.categories | {entry["id"]: entry["name"] for entry in unknown}
+        is_thing = self.is_thing_map | {entry["id"]: bool(entry["isthing"]) for entry in unknown}
+        names = list(categories.values())
         found = {int(key): value for key, value in results["per_class"].items()}
         counted = {key: value for key, value in found.items() if value["tp"] + value["fp"] + value["fn"] > 0}
         per_class = {
             f"{name} ({key})" if names.count(name) > 1 else name: _quality(counted[key], [counted[key]])
-            for key, name in self.categories.items()
+            for key, name in categories.items()
             if key in counted
         }
         groups = {
             "All": list(counted.values()),
-            "Things": [value for key, value in counted.items() if self.is_thing_map[key]],
-            "Stuff": [value for key, value in counted.items() if not self.is_thing_map[key]],
+            "Things": [value for key, value in counted.items() if is_thing[key]],
+            "Stuff": [value for key, value in counted.items() if not is_thing[key]],
         }
         every, things, stuff = (_quality(results.get(name), values) for name, values in groups.items())
         unseen = len(self.annotations) - len(self._predictions)
-        return PanopticResult(every, things, stuff, per_class, len(self.annotations), unseen)
+        foreign = tuple(entry["name"] for entry in unknown)
+        return PanopticResult(every, things, stuff, per_class, len(self.annotations), unseen, foreign)
 
 
 def _quality(averages: Mapping[str, float] | None, classes: list[dict[str, Any]]) -> Quality:

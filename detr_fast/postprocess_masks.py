@@ -95,6 +95,14 @@ class Segments(NamedTuple):
         return file.getvalue()
 
 
+def things_of_every_class(num_classes: int, is_thing_map: Mapping[int, bool]) -> dict[int, bool]:
+    """Class id to whether it is a thing (True) or stuff, of all that a model may find.
+
+    An id that ``is_thing_map`` lacks, such as one between the ids of a data set, is a thing.
+    """
+    return dict.fromkeys(range(num_classes), True) | dict(is_thing_map)
+
+
 class PostProcessPanoptic(nn.Module):
     """Every pixel goes to one of the confident queries; queries of the same stuff are one segment.
 

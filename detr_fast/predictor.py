@@ -24,7 +24,7 @@ from detr_fast.models.segmentation import DetrSegm
 from detr_fast.optimize import optimize, optimizes
 from detr_fast.panoptic_prediction import PanopticPrediction
 from detr_fast.postprocess import PostProcess
-from detr_fast.postprocess_masks import PostProcessPanoptic
+from detr_fast.postprocess_masks import PostProcessPanoptic, things_of_every_class
 from detr_fast.sharp_masks import with_sharp_masks
 
 Picture: TypeAlias = "Image.Image | np.ndarray[Any, Any] | Tensor | str | os.PathLike[str] | PreparedImage"
@@ -253,8 +253,7 @@ class Predictor:
             )
         if not self.is_thing_map:
             raise ValueError("is_thing_map must say which classes are things: neither the checkpoint nor the call does")
-        classes: int = self.model.detr.class_embed.out_features - 1
-        return dict.fromkeys(range(classes), True) | self.is_thing_map
+        return things_of_every_class(self.model.detr.class_embed.out_features - 1, self.is_thing_map)
 
     def attention(
         self,

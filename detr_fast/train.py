@@ -44,7 +44,7 @@ from detr_fast.fit import EpochReport, FitHooks, Interrupted, fit
 from detr_fast.interrupt import StopSignals
 from detr_fast.panoptic_evaluator import PanopticEvaluator
 from detr_fast.postprocess import PostProcess
-from detr_fast.postprocess_masks import PostProcessPanoptic
+from detr_fast.postprocess_masks import PostProcessPanoptic, things_of_every_class
 from detr_fast.progress import TrainProgress, peak_memory
 from detr_fast.train_state import TrainState
 
@@ -183,8 +183,10 @@ class _Run:
 
     def _evaluator(self) -> tuple[nn.Module, CocoEvaluator | PanopticEvaluator]:
         if self.config.val_segments is not None:
-            panoptic = PanopticEvaluator(self.config.val_annotations, self.config.val_segments)
-            return PostProcessPanoptic(panoptic.is_thing_map), panoptic
+            names, things = self.train_set.categories, self.train_set.is_thing_map
+            panoptic = PanopticEvaluator(self.config.val_annotations, self.config.val_segments, names=names)
+            known = {**(things or {}), **panoptic.is_thing_map}
+            return PostProcessPanoptic(things_of_every_class(self.args["num_classes"], known)), panoptic
         return PostProcess(), CocoEvaluator(self.config.val_annotations, (self.measured,))
 
     @property

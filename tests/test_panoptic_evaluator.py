@@ -138,6 +138,31 @@ def test_an_image_without_prediction_counts(tmp_path: Path) -> None:
     assert "1 of them got no prediction" in result.table()
 
 
+def test_a_class_that_the_annotations_lack_is_a_false_positive(tmp_path: Path) -> None:
+    contents, ids = small()
+    write(tmp_path / "a.png", ids)
+    ids[0, :] = 9  # of the sky's three rows one is another's
+    infos = [
+        {"id": 70000, "category_id": 1},
+        {"id": 300, "category_id": 7, "isthing": False},
+        {"id": 9, "category_id": 8},
+    ]
+    prediction = {"png_string": png(ids), "segments_info": infos}
+    measured = PanopticEvaluator(contents, tmp_path, names={7: "sea"})
+    measured.update({4: prediction})
+    result = measured.summarize()
+    assert result.unknown == ("sea", "class 8") and (result.every.tp, result.every.fp, result.every.fn) == (1, 2, 1)
+    assert result.every.pq == pytest.approx((2 / 3 + 0 + 0 + 0) / 4) and result.stuff.classes == 2
+    assert (result.per_class["sea"].pq, result.per_class["sea"].fp) == (0, 1)
+    assert "found, but not among the annotations' classes: sea, class 8" in result.table()
+    # As COCO's tool has it where the annotations name the classes and have no segment of them.
+    listed = [{"id": 7, "name": "sea", "isthing": 0}, {"id": 8, "name": "class 8", "isthing": 1}]
+    whole = PanopticEvaluator({**contents, "categories": contents["categories"] + listed}, tmp_path)
+    whole.update({4: prediction})
+    expected = whole.summarize()
+    assert result.stats == expected.stats and result.per_class == expected.per_class and expected.unknown == ()
+
+
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     contents, ids = small()
     write(tmp_path / "a.png", ids)

@@ -82,6 +82,17 @@ def test_panoptic_training_evaluates_quality_and_its_checkpoint_does_too(tmp_pat
     assert "COCO panoptic, 3 images" in run.output
     assert json.loads((tmp_path / "r.json").read_text())["every"]["pq"] == lines[-1]["coco_panoptic"]["PQ"]
 
+    # A model that finds a class which the annotations do not have: 2, between their 1 and 3.
+    checkpoint = load_checkpoint(result.output / "checkpoint.pth")
+    checkpoint["model"]["detr.class_embed.bias"][2] += 1e4
+    torch.save(checkpoint, tmp_path / "other.pth")
+    arguments[2] = tmp_path / "other.pth"
+    run = CliRunner().invoke(app, [str(a) for a in [*arguments, "--num-workers", 0, "--output", tmp_path / "o.json"]])
+    assert run.exit_code == 0, run.output
+    assert "found, but not among the annotations' classes: class 2" in run.output
+    found = json.loads((tmp_path / "o.json").read_text())
+    assert found["per_class"]["class 2"]["fp"] == found["every"]["fp"] > 0 == found["every"]["pq"]
+
 
 def test_the_mask_head_alone_on_a_frozen_detector(tmp_path: Path) -> None:
     first = train(panoptic_config(tmp_path, "joint"))
