@@ -8,6 +8,7 @@ operations as products of matrices; Winograd's algorithm does with fewer.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import bench_data, matrix_products, original_criterion, where
+from benchmarks import matrix_products, original_criterion, where
 from benchmarks.anatomy import Clock, timings_of_parts
 from benchmarks.harness import Contest, Contestant, Timing, compare
 from benchmarks.original import match_layers
@@ -29,11 +30,13 @@ from detr_fast.data.batch import ImageBatch, collate
 from detr_fast.data.target_batch import TargetBatch
 from detr_fast.finite import FiniteGuard
 from detr_fast.fit import LossMeter, clip_gradients
+from detr_fast.train_forward import train_forward
 from detr_fast.train_state import build_optimizer
 
 Race = Callable[[str, str, Callable[[], Contest]], None]
 Samples = list[tuple[Tensor, dict[str, Tensor]]]
 CONTESTANTS = ("original", "detr_fast")
+GRAPHED = ("original", "detr_fast", "cuda_graph")
 OPTIMIZERS = {"original": {"foreach": False}, "foreach": {"foreach": True}, "detr_fast": {"fused": True}}
 # Steps that are compared are of this size: as many layers, and seconds less.
 CHECKED = TrainShape("checked", (96, 128), (3, 1))
@@ -43,6 +46,13 @@ CHECKED = TrainShape("checked", (96, 128), (3, 1))
 @pytest.mark.parametrize("contestant", CONTESTANTS)
 def test_train_step(race: Race, contestant: str) -> None:
     race(f"train step {TRAIN_STEP.name}", contestant, lambda: contest(TRAIN_STEP))
+
+
+@pytest.mark.large
+@pytest.mark.skipif(where.device().type != "cuda", reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("contestant", GRAPHED)
+def test_cuda_graph(race: Race, contestant: str) -> None:
+    race(f"train step with CUDA graphs {TRAIN_STEP.name}", contestant, lambda: contest(TRAIN_STEP, graphed=True))
 
 
 @pytest.mark.parametrize("contestant", OPTIMIZERS)
@@ -172,21 +182,38 @@ class OurStep(Step):
         self.optimizer.step()
 
 
-def contest(shape: TrainShape) -> Contest:
-    """Both ways with the same weights; they agree on a small batch without dropout."""
+class GraphedStep(OurStep):
+    """``detr_fast train --cuda-graph``."""
+
+    def __init__(self, model: nn.Module, samples: Samples) -> None:
+        super().__init__(model, samples)
+        self.forward = train_forward(self.model, OptimConfig(cuda_graph=True), where.device())
+
+    def predict(self, images: ImageBatch) -> Any:
+        return self.forward(images) if self.model.training else self.model(images)
+
+    def _at_the_backbones_end(self, module: nn.Module, inputs: tuple[Tensor]) -> None:
+        """A graph has no parts to look at."""
+
+
+def contest(shape: TrainShape, *, graphed: bool = False) -> Contest:
+    """All ways with the same weights; they agree on a small batch without dropout."""
     torch.manual_seed(0)
     ours, original = detr_resnet50(aux_loss=True), OriginalDetr()
     original.load_state_dict(ours.state_dict())
     samples, checked = random_samples(shape), random_samples(CHECKED)
     calibrate(original, collate(checked)[0].images)
     ours.load_state_dict(original.state_dict())
-    steps = {"original": OriginalStep(original, samples), "detr_fast": OurStep(ours, samples)}
+    steps: dict[str, Step] = {"cuda_graph": GraphedStep(copy.deepcopy(ours), samples)} if graphed else {}
+    steps = {"original": OriginalStep(original, samples), "detr_fast": OurStep(ours, samples)} | steps
     total, norm = steps["original"].total_and_norm(checked)
 
     def check(step: Step) -> None:
         torch.testing.assert_close(step.total_and_norm(checked), (total, norm), rtol=1e-3, atol=0)
 
     def parts() -> dict[str, list[Timing]]:
+        from benchmarks import bench_data  # on demand: the step itself is measured without Pillow too
+
         found = timings_of_parts({name: (step.clock, step.run) for name, step in steps.items()})
         loading = compare(bench_data.contest(photographs(shape)), seconds_each=0.2, min_rounds=3)
         return found | {"(data, in another process)": loading}
@@ -196,7 +223,7 @@ def contest(shape: TrainShape) -> Contest:
         check,
         str(where.device()),
         floors=[matrix_products.floor(matrix_products.flops_of(steps["original"].run), where.device())],
-        parts=parts,
+        parts=None if graphed else parts,
     )
 
 

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from detr_fast.models.segmentation import MaskHead
@@ -65,6 +64,8 @@ def panoptic(
     threshold: float = 0.85,
 ) -> tuple[np.ndarray, list[tuple[int, int]]]:
     """One image: the ids of a PNG, and (class, area) of each segment."""
+    from PIL import Image  # on demand: the mask head's benchmarks do without it
+
     scores, labels = logits.softmax(-1).max(-1)
     keep = labels.ne(logits.shape[-1] - 1) & (scores > threshold)
     classes = labels[keep]

@@ -4,7 +4,8 @@
 # Stages: build (and all tests that use the GPU), sanitize (compute-sanitizer on the solver), measure (the benchmarks).
 # Each ends within eight minutes, may run on a machine of its own, and leaves a few files in $OUT, or gpu_results/.
 # --dry-run goes through all of it on a machine without a GPU, with small settings.
-# PYTHON names the Python that has torch, triton, pybind11, cmake, ninja, pytest, pytest-benchmark and scipy.
+# PYTHON names the Python that has torch, triton, pybind11, cmake, ninja, pytest, pytest-benchmark and scipy. With
+# pytest-xdist the tests share the GPU; without Pillow the post-processing of masks and the loading of data are left out.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
@@ -66,12 +67,20 @@ module = _native.load().module
 sys.exit(0 if module is not None and (module.cuda or '$cuda' == 'off') else 1)" 2>/dev/null
 }
 
+# has MODULE: whether Python finds it.
+has() {
+    "$python" -c "import sys; from importlib.util import find_spec; sys.exit(find_spec('$1') is None)"
+}
+
 build() {
     install_package || return
-    step info 60 "$python" -m detr_fast info
-    # Triton compiles each configuration anew, so several processes share the GPU.
-    step tests 380 "$python" -m pytest tests/ops tests/test_no_waits.py tests/test_target_batch.py tests/test_matcher.py \
-        tests/test_criterion.py -q -ra -p no:cacheprovider -n "${TEST_PROCESSES:-6}" --continue-on-collection-errors \
+    if has typer; then step info 60 "$python" -m detr_fast info; fi
+    # Triton compiles each configuration anew, so several processes share the GPU where there is xdist.
+    local processes=()
+    if has xdist; then processes=(-n "${TEST_PROCESSES:-6}"); fi
+    step tests 380 "$python" -m pytest tests/ops tests/test_no_waits.py tests/test_cuda_graphs.py \
+        tests/test_target_batch.py tests/test_matcher.py tests/test_criterion.py tests/test_mask_losses.py \
+        tests/test_segmentation.py -q -ra -p no:cacheprovider "${processes[@]}" --continue-on-collection-errors \
         -k "$test_filter"
 }
 
@@ -92,7 +101,8 @@ measure() {
     installed || install_package || return
     local piece files
     # A fault of a kernel ends its process: the others' numbers are kept. The most important come first.
-    for piece in "matching matching_cost loss" "assignment" "attention" "transformer" "add_layer_norm feed_forward" masks; do
+    for piece in "matching matching_cost loss" assignment attention transformer train_step \
+        "add_layer_norm feed_forward" masks; do
         files=()
         for name in $piece; do files+=("benchmarks/bench_$name.py"); done
         step "measure $piece" 150 "$python" -m pytest "${files[@]}" -q -p no:cacheprovider -p no:xdist \

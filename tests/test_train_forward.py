@@ -23,7 +23,7 @@ from detr_fast.cli import app
 from detr_fast.config import OptimConfig, TrainConfig
 from detr_fast.data.batch import ImageBatch
 from detr_fast.fit import fit
-from detr_fast.train_forward import GraphedModel, capture_with_cuda, pad_to_multiple, train_forward, why_not_compiled
+from detr_fast.train_forward import GraphedModel, pad_to_multiple, train_forward, why_not_compiled
 
 CPU = torch.device("cpu")
 # Of three sizes, two of which are one when padded to multiples of 64.
@@ -206,23 +206,3 @@ def test_graphs_need_a_gpu() -> None:
 def test_what_does_not_go_with_graphs(tmp_path: Path, optim: Any, model: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config(tmp_path, optim={"cuda_graph": True, **optim}, model=replace(SMALL_MODEL, **model))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_graphs_on_a_gpu() -> None:
-    torch.manual_seed(1)
-    model = small_detr().cuda()
-    alone = copy.deepcopy(model)
-    graphed = GraphedModel(model, multiple=64, capture=capture_with_cuda)
-    for side in (*SIDES, *SIDES):
-        images = torch.randn(2, 3, side, side, device="cuda")
-        losses = [m(images)["pred_logits"].square().mean() for m in (graphed, alone)]
-        for loss in losses:
-            loss.backward()
-        torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-6)
-        for (name, found), expected in zip(model.named_parameters(), alone.parameters(), strict=True):
-            if expected.grad is not None:
-                torch.testing.assert_close(found.grad, expected.grad, rtol=1e-3, atol=1e-5, msg=name)
-        model.zero_grad()
-        alone.zero_grad()
-    assert len(graphed.graphs) == 2

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from small import random_boxes
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -43,6 +42,8 @@ def loader(data: list[tuple[Tensor, dict[str, Tensor]]], batch_size: int = 2) ->
 
 def write_coco(folder: Path, count: int = 6, names: dict[int, str] = NAMES) -> tuple[Path, Path]:
     """``count`` pictures of 48 x 40 pixels, the first without objects: (image folder, annotation file)."""
+    from PIL import Image  # on demand: samples, and what is tested with them on a GPU, do without it
+
     folder.mkdir(parents=True)
     random = np.random.default_rng(count)
     images, annotations = [], []

@@ -73,3 +73,11 @@ def by_scipy(cost: Tensor, num_targets: list[int]) -> Tensor:
         queries, targets = linear_sum_assignment(cost[problem, :, :count].double().cpu().numpy())
         expected[problem, targets] = torch.from_numpy(queries)
     return expected
+
+
+def total(cost: Tensor, query_of_target: Tensor) -> float:
+    """Sum of the matched costs [Q, T] in float64; fails where a query is given twice."""
+    matched = query_of_target >= 0
+    queries = query_of_target[matched]
+    assert queries.unique().numel() == queries.numel()
+    return float(cost.double()[queries, torch.arange(cost.shape[1])[matched]].sum())
