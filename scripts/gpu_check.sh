@@ -4,8 +4,8 @@
 # Stages: build (and all tests that use the GPU), sanitize (compute-sanitizer on the solver), measure (the benchmarks).
 # Each ends within eight minutes, may run on a machine of its own, and leaves a few files in $OUT, or gpu_results/.
 # --dry-run goes through all of it on a machine without a GPU, with small settings.
-# PYTHON names the Python that has torch, triton, pybind11, cmake, ninja, pytest, pytest-benchmark and scipy. With
-# pytest-xdist the tests share the GPU; without Pillow the post-processing of masks and the loading of data are left out.
+# PYTHON names the Python that has torch, triton, pybind11, cmake, ninja, pytest, pytest-benchmark and scipy. Without
+# Pillow the post-processing of masks and the loading of data are not measured.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
@@ -67,21 +67,20 @@ module = _native.load().module
 sys.exit(0 if module is not None and (module.cuda or '$cuda' == 'off') else 1)" 2>/dev/null
 }
 
-# has MODULE: whether Python finds it.
-has() {
-    "$python" -c "import sys; from importlib.util import find_spec; sys.exit(find_spec('$1') is None)"
-}
-
 build() {
     install_package || return
-    if has typer; then step info 60 "$python" -m detr_fast info; fi
-    # Triton compiles each configuration anew, so several processes share the GPU where there is xdist.
-    local processes=()
-    if has xdist; then processes=(-n "${TEST_PROCESSES:-6}"); fi
-    step tests 380 "$python" -m pytest tests/ops tests/test_no_waits.py tests/test_cuda_graphs.py \
-        tests/test_target_batch.py tests/test_matcher.py tests/test_criterion.py tests/test_mask_losses.py \
-        tests/test_segmentation.py -q -ra -p no:cacheprovider "${processes[@]}" --continue-on-collection-errors \
-        -k "$test_filter"
+    # The command line needs Typer, which the tests below do not.
+    if "$python" -c "import typer" 2>/dev/null; then step info 60 "$python" -m detr_fast info; fi
+    # A process for each file, several at a time: Triton compiles each configuration anew, and a fault ends one file.
+    printf '%s\n' tests/ops/test_*.py tests/test_{no_waits,cuda_graphs,target_batch,matcher,criterion}.py \
+        tests/test_{mask_losses,segmentation}.py >"$results/.files"
+    # shellcheck disable=SC2016  # expanded by the inner shell; pytest's 5 says that the filter left no test
+    step tests 380 xargs -a "$results/.files" -P "${TEST_PROCESSES:-6}" -I FILE bash -c \
+        'output=$("$0" -m pytest "$1" -q -ra -p no:cacheprovider -k "$2" 2>&1)
+        code=$?
+        printf "%s\n" "== $1" "$output"
+        [ "$code" -eq 0 ] || [ "$code" -eq 5 ]' "$python" FILE "$test_filter"
+    rm "$results/.files"
 }
 
 sanitize() {
