@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detr_fast.data.batch import Target
-from detr_fast.distributed import mean_over_processes
+from detr_fast.distributed import mean_over_processes, world_size
 from detr_fast.mask_losses import mask_losses
 from detr_fast.matcher import HungarianMatcher
 from detr_fast.ops import CrossEntropy, PackedTargets
@@ -37,11 +38,11 @@ class Losses(dict[str, Tensor]):
     """Losses by name.
 
     Attributes:
-        at_once: the losses of layers that were computed at once as one tensor, and the same as the single numbers that
-            are among the values.
+        at_once: where all losses of all layers were computed at once, those that have gradients as one tensor, and by
+            their names, in its order, the single numbers that are among the values.
     """
 
-    at_once: tuple[Tensor, tuple[Tensor, ...]] | None = None
+    at_once: tuple[Tensor, dict[str, Tensor]] | None = None
 
 
 class SetCriterion(nn.Module):
@@ -111,16 +112,10 @@ class SetCriterion(nn.Module):
             packed = pack(targets)
         num_boxes = self._num_boxes(outputs["pred_logits"], packed)
         layers = [outputs, *outputs.get("aux_outputs", ())]
-        # A matcher that matches in its own way is asked layer by layer, as in the original.
-        losses = Losses()
         if _keeps(self.matcher, HungarianMatcher, "forward", "match_layers"):
-            final, *earlier = self._losses_at_once(layers, targets, packed, num_boxes, losses)
-        else:
-            final, *earlier = self._losses_by_layer(layers, targets, num_boxes)
-        losses.update(final)
-        for number, layer_losses in enumerate(earlier):
-            losses.update({f"{name}_{number}": value for name, value in layer_losses.items()})
-        return losses
+            return self._losses_at_once(layers, targets, packed, num_boxes)
+        # A matcher that matches in its own way is asked layer by layer, as in the original.
+        return _with_numbers(self._losses_by_layer(layers, targets, num_boxes))
 
     def total(self, losses: Mapping[str, Tensor]) -> Tensor:
         """The sum of ``losses`` weighted by ``weight_dict``: what a training loop minimises.
@@ -130,17 +125,17 @@ class SetCriterion(nn.Module):
         Raises:
             ValueError: none of the losses has a weight.
         """
-        weight_of = {name: self.weight_dict[name] for name in losses if name in self.weight_dict}
-        if not weight_of:
-            raise ValueError(f"losses must have one of {list(self.weight_dict)} (weight_dict), got {list(losses)}")
-        values, numbers = getattr(losses, "at_once", None) or (None, ())
-        by_number = {id(losses[name]): weight for name, weight in weight_of.items()}
-        if values is None or len(weight_of) != len(numbers) or by_number.keys() != {id(x) for x in numbers}:
-            values = torch.stack([losses[name] for name in weight_of])
-            weights = tuple(weight_of.values())
+        weight_of = self.weight_dict
+        names = [name for name in losses if name in weight_of]
+        if not names:
+            raise ValueError(f"losses must have one of {list(weight_of)} (weight_dict), got {list(losses)}")
+        values, numbers = getattr(losses, "at_once", None) or (None, {})
+        as_computed = all(losses.get(name) is number and name in weight_of for name, number in numbers.items())
+        if values is not None and as_computed and len(names) == len(numbers):
+            names = list(numbers)
         else:
-            weights = tuple(by_number[id(number)] for number in numbers)
-        return (values * self._on_device(weights, values)).sum()
+            values = torch.stack([losses[name] for name in names])
+        return values.dot(self._on_device(tuple([weight_of[name] for name in names]), values))
 
     def _on_device(self, weights: tuple[float, ...], like: Tensor) -> Tensor:
         key = (weights, like.dtype, like.device)
@@ -227,43 +222,34 @@ class SetCriterion(nn.Module):
         ]
 
     def _losses_at_once(
-        self,
-        layers: Sequence[dict[str, Any]],
-        targets: Sequence[Target],
-        packed: PackedTargets,
-        num_boxes: Tensor,
-        losses_of_all: Losses,
-    ) -> list[dict[str, Tensor]]:
-        names = [
-            name for name in self.losses if name in NAMES and _keeps(self, SetCriterion, f"loss_{name}", "get_loss")
-        ]
+        self, layers: Sequence[dict[str, Any]], targets: Sequence[Target], packed: PackedTargets, num_boxes: Tensor
+    ) -> dict[str, Tensor]:
+        names = tuple(
+            [name for name in self.losses if name in NAMES and _keeps(self, SetCriterion, f"loss_{name}", "get_loss")]
+        )
+        groups = _alike(layers)
+        all_are_known = len(names) == len(self.losses)
         losses: dict[int, dict[str, Tensor]] = {}
-        for group in _alike(layers):
+        for group in groups:
             logits, boxes = ([layers[number][key] for number in group] for key in ("pred_logits", "pred_boxes"))
             if names:
-                queries, values = self._values_at_once(logits, boxes, packed, num_boxes, losses_of_all)
+                queries, values, numbers = self._values_at_once(logits, boxes, packed, num_boxes)
+                if all_are_known and len(groups) == 1:
+                    return _named(names, values, numbers)
             else:
-                queries, values = cast(HungarianMatcher, self.matcher).match_packed(logits, boxes, packed), {}
+                queries, numbers = cast(HungarianMatcher, self.matcher).match_packed(logits, boxes, packed), ()
+            # Of layers whose losses are all known nobody looks at the pairs.
             for place, number in enumerate(group):
-                found = {name: {row: values[row][place] for row in NAMES[name]} for name in names}
-                if number > 0 and "labels" in found:
-                    del found["labels"]["class_error"]
-                # Of layers whose losses are all known nobody looks at the pairs.
-                lacking = len(names) < len(self.losses)
-                indices = _pairs(queries[place], packed.num_targets, logits[0].shape[1]) if lacking else ()
-                losses[number] = self._layer_losses(number, layers[number], targets, indices, num_boxes, found)
-        return [losses[number] for number in range(len(layers))]
+                indices = () if all_are_known else _pairs(queries[place], packed.num_targets, logits[0].shape[1])
+                known = _known_of_layer(names, numbers[place :: len(group)], number)
+                losses[number] = self._layer_losses(number, layers[number], targets, indices, num_boxes, known)
+        return _with_numbers([losses[number] for number in range(len(layers))])
 
     def _values_at_once(
-        self,
-        logits: list[Tensor],
-        boxes: list[Tensor],
-        packed: PackedTargets,
-        num_boxes: Tensor,
-        losses_of_all: Losses,
-    ) -> tuple[Tensor, dict[str, tuple[Tensor, ...]]]:
-        """Every target's query [layers, N], and the numbers of each layer by their names."""
-        weight, layers = self.empty_weight, len(logits)
+        self, logits: list[Tensor], boxes: list[Tensor], packed: PackedTargets, num_boxes: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Every target's query [layers, N]; the losses of all layers, ROWS[:3], as one tensor; ROWS as numbers."""
+        weight = self.empty_weight
         if len(weight) != logits[0].shape[2] or weight.device != logits[0].device:
             expected = f"[B, Q, {len(weight)}] (num_classes + 1) on {weight.device}, where the criterion is"
             raise ValueError(f"pred_logits must be {expected}, got {list(logits[0].shape)} on {logits[0].device}")
@@ -278,9 +264,7 @@ class SetCriterion(nn.Module):
             queries = matcher.match_packed(logits, boxes, packed)
             losses, metrics = stacked_losses(logits, boxes, packed, queries, class_loss, num_boxes)
         losses = losses.flatten()
-        numbers = (*losses.unbind(), *metrics.flatten().unbind())  # one node for autograd
-        losses_of_all.at_once = (losses, numbers[: 3 * layers])
-        return queries, {row: numbers[i * layers : (i + 1) * layers] for i, row in enumerate(ROWS)}
+        return queries, losses, (*losses.unbind(), *metrics.flatten().unbind())  # one node for autograd
 
     def _layer_losses(
         self,
@@ -311,8 +295,10 @@ class SetCriterion(nn.Module):
 
     def _num_boxes(self, logits: Tensor, packed: PackedTargets) -> Tensor:
         """Targets of the batch, averaged over processes, at least 1: the normaliser of the box losses."""
-        num_boxes = torch.full((), len(packed.labels), dtype=torch.float32, device=logits.device)
-        return mean_over_processes(num_boxes).clamp(min=1)
+        count, device = sum(packed.num_targets), logits.device
+        if world_size() == 1:
+            return torch.full((), max(count, 1), dtype=torch.float32, device=device)
+        return mean_over_processes(torch.full((), count, dtype=torch.float32, device=device)).clamp(min=1)
 
 
 def _keeps(module: nn.Module, parent: type[nn.Module], *methods: str) -> bool:
@@ -320,7 +306,52 @@ def _keeps(module: nn.Module, parent: type[nn.Module], *methods: str) -> bool:
     return all(getattr(getattr(module, m, None), "__func__", None) is getattr(parent, m) for m in methods)
 
 
-def _alike(layers: Sequence[dict[str, Any]]) -> Iterable[list[int]]:
+def _with_numbers(layers: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The losses of layers, of which the first is the final one, as one dict."""
+    losses = dict(layers[0])
+    for number, layer_losses in enumerate(layers[1:]):
+        losses.update({f"{name}_{number}": value for name, value in layer_losses.items()})
+    return losses
+
+
+def _known_of_layer(names: Sequence[str], rows: Sequence[Tensor], number: int) -> dict[str, dict[str, Tensor]]:
+    """What each of ``names`` gives for a layer, by the layer's ROWS."""
+    values = dict(zip(ROWS, rows, strict=False))
+    known = {name: {row: values[row] for row in NAMES[name]} for name in names}
+    if number > 0 and "labels" in known:
+        del known["labels"]["class_error"]
+    return known
+
+
+def _named(names: tuple[str, ...], values: Tensor, numbers: tuple[Tensor, ...]) -> Losses:
+    """``numbers``, which are ROWS of every layer, as one dict, and ``values`` as those of them that are added up."""
+    keys, places, of_values = _keys_and_places(names, len(numbers) // len(ROWS))
+    losses = Losses(zip(keys, [numbers[place] for place in places], strict=True))
+    losses.at_once = values, dict(zip(of_values, numbers, strict=False))
+    return losses
+
+
+@lru_cache(maxsize=16)
+def _keys_and_places(
+    names: tuple[str, ...], layers: int
+) -> tuple[list[str], list[int], list[str]]:
+    """The names of all losses in order, their places among the numbers, and the names of the first numbers.
+
+    It depends on nothing else, and to make it takes as long as to look at 20 tensors.
+    """
+    suffixes = ["", *(f"_{number}" for number in range(layers - 1))]
+    places = {row + suffix: i * layers + j for i, row in enumerate(ROWS) for j, suffix in enumerate(suffixes)}
+    keys = [
+        row + suffix
+        for suffix in suffixes
+        for name in names
+        for row in NAMES[name]
+        if row != "class_error" or not suffix
+    ]
+    return keys, [places[key] for key in keys], list(places)[: 3 * layers]
+
+
+def _alike(layers: Sequence[dict[str, Any]]) -> Collection[list[int]]:
     """The numbers of layers whose outputs are of one kind: two-stage models have one of more queries."""
     groups: dict[tuple[Any, ...], list[int]] = {}
     for number, layer in enumerate(layers):

@@ -57,8 +57,8 @@ def check_matching_inputs(
         raise ValueError(f"logits of a layer must be [B, Q, classes], got {list(logits[0].shape)}")
     batch, queries, _ = logits[0].shape
     device = logits[0].device
-    _check_layers("logits", logits, list(logits[0].shape), device)
-    _check_layers("boxes", boxes, [batch, queries, 4], device)
+    _check_layers("logits", logits, logits[0].shape, device)
+    _check_layers("boxes", boxes, torch.Size((batch, queries, 4)), device)
     count = sum(targets.num_targets)
     if len(targets.num_targets) != batch:
         raise ValueError(f"num_targets must have one count for each of {batch} images, got {len(targets.num_targets)}")
@@ -75,12 +75,13 @@ def check_matching_inputs(
     if extra_cost is not None:
         if len(extra_cost) != len(logits):
             raise ValueError(f"extra_cost must be of {len(logits)} layers, got {len(extra_cost)}")
-        _check_layers("extra_cost", extra_cost, [count, queries], device)
+        _check_layers("extra_cost", extra_cost, torch.Size((count, queries)), device)
 
 
-def _check_layers(name: str, layers: Sequence[Tensor], shape: list[int], device: torch.device) -> None:
+def _check_layers(name: str, layers: Sequence[Tensor], shape: torch.Size, device: torch.device) -> None:
     for layer, tensor in enumerate(layers):
-        if list(tensor.shape) != shape or not tensor.is_floating_point():
-            raise ValueError(f"{name} of layer {layer} must be float {shape}, got {tensor.dtype} {list(tensor.shape)}")
+        if tensor.shape != shape or not tensor.is_floating_point():
+            got = f"{tensor.dtype} {list(tensor.shape)}"
+            raise ValueError(f"{name} of layer {layer} must be float {list(shape)}, got {got}")
         if tensor.device != device:
             raise ValueError(f"{name} of layer {layer} must be on {device}, got {tensor.device}")

@@ -27,7 +27,9 @@ def set_criterion_native(
     """Losses, metrics, slopes of logits, L1 and GIoU, ``query_of_target`` and ``num_nonfinite``."""
     quick = _native.load().quick
     if quick is not None and extra_cost is None and isinstance(class_loss, CrossEntropy):
-        weight = class_loss.weights(logits[0].shape[2], logits[0])
+        weight = class_loss.weight
+        if weight is None:
+            weight = class_loss.weights(logits[0].shape[2], logits[0])
         found = quick.criterion(logits, boxes, targets, weights, weight, num_boxes, with_slopes)
         if found is not None:
             return found  # type: ignore[no-any-return]
