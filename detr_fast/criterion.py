@@ -332,9 +332,7 @@ def _named(names: tuple[str, ...], values: Tensor, numbers: tuple[Tensor, ...]) 
 
 
 @lru_cache(maxsize=16)
-def _keys_and_places(
-    names: tuple[str, ...], layers: int
-) -> tuple[list[str], list[int], list[str]]:
+def _keys_and_places(names: tuple[str, ...], layers: int) -> tuple[list[str], list[int], list[str]]:
     """The names of all losses in order, their places among the numbers, and the names of the first numbers.
 
     It depends on nothing else, and to make it takes as long as to look at 20 tensors.
