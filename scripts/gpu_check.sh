@@ -22,7 +22,7 @@ stage_seconds=${STAGE_SECONDS:-450}
 if [ -n "$dry_run" ]; then
     device=cpu cuda=off test_filter="(triton or native) and small"
     measure_options=(--benchmark-quick --benchmark-max-time=0.01 
-        -k "coco-2- or 100x7 or test_postprocess or test_inference and one and not encoder")
+        -k "coco-2- or 100x7 or test_postprocess or test_optimizer or test_inference and one and not encoder")
 else
     device=cuda cuda=on test_filter=""
     measure_options=(--benchmark-max-time=0.2)

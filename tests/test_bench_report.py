@@ -162,12 +162,20 @@ def test_tables_are_written_between_markers(files):
         "| batch | time | times | MiB | best | quicker |",
         "|---|---|---|---|---|---|",
         "| 2 images | 1.00 ms | 10 | 3.00 MiB | 10.0 ms | 10 |",
+        "",
+        "`pytest cpu`",
     ]
     assert filled.startswith("before\n") and filled.endswith("<!-- /results -->\nafter\n")
     absent = tables.fill_tables(marker(file="h100", head="", rows={"a": "b"}, columns={"c": "d"}), read_all(files))
     assert "| b | not measured |" in absent
     with pytest.raises(ValueError, match="must name what there is: 'matching'"):
         tables.fill_tables(marker(file="cpu", head="", rows={"matching": ""}, columns={"c": "native"}), read_all(files))
+
+
+def test_a_command_is_shown_without_where_it_wrote():
+    command = "pytest benchmarks/a.py -k 'b or c' --benchmark -q --no-header --benchmark-results x/y.json"
+    assert tables.typed(command) == "pytest benchmarks/a.py -k 'b or c' --benchmark"
+    assert tables.typed("pytest a.py --benchmark-results=x.json -x") == "pytest a.py -x"
 
 
 def test_two_runs_side_by_side(tmp_path):

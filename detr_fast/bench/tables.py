@@ -1,6 +1,7 @@
 """The README's tables of results, written between markers that say what stands in them.
 
-A marker is an HTML comment with JSON; the table below it, up to ``<!-- /results -->``, is generated:
+A marker is an HTML comment with JSON; what is below it, up to ``<!-- /results -->``, is generated: the table, and the
+command that measured it:
 
     <!-- results {"file": "machine-matching", "head": "batch", "rows": {"matching coco-2": "2 images"},
     "columns": {"original": "original", "ours": "match_layers", "times faster": "match_layers: ratio"}} -->
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,9 +40,23 @@ def fill_tables(text: str, results: Sequence[Results]) -> str:
             lines = _table(spec, by_name)
         except (json.JSONDecodeError, KeyError) as error:
             raise ValueError(f"a marker of a table must name what there is: {error} in {block['spec']}") from error
+        if spec["file"] in by_name:
+            lines += ["", f"`{typed(by_name[spec['file']].head['command'])}`"]
         return f"<!-- results {block['spec']} -->\n" + "\n".join(lines) + "\n<!-- /results -->"
 
     return BLOCK.sub(fill, text)
+
+
+def typed(command: str) -> str:
+    """What decides a measurement, without what decides where it is written and how much is shown of it."""
+    words = iter(shlex.split(command))
+    kept = []
+    for word in words:
+        if word == "--benchmark-results":
+            next(words, None)
+        elif word not in ("-q", "--no-header") and not word.startswith("--benchmark-results="):
+            kept.append(word)
+    return shlex.join(kept)
 
 
 def _table(spec: dict[str, Any], results: dict[str, Results]) -> list[str]:
