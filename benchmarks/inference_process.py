@@ -47,13 +47,12 @@ def load_torch(way: str, folder: Path, image: Any) -> Callable[[], Any]:
     from benchmarks.original_model import OriginalDetr
     from detr_fast import detr_resnet50, optimize
 
-    state_dict, images = torch.load(folder / "model.pth"), torch.from_numpy(image)
+    images = torch.from_numpy(image)
     model: torch.nn.Module = OriginalDetr() if way == "original" else detr_resnet50()
-    model.load_state_dict(state_dict)
+    model.load_state_dict(torch.load(folder / "model.pth"))
     more = [torch.zeros(1, *images.shape[2:], dtype=torch.bool)] if way == "original" else []
     if way != "original":
         model = optimize(model, dtype=torch.bfloat16 if way == "detr_fast-bf16" else None)
-    del state_dict
     return torch.inference_mode()(lambda: model.eval()(images, *more))
 
 

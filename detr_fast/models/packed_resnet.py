@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,30 +18,70 @@ from detr_fast.ops import PackedConv, conv, conv_max_pool
 class Workspace:
     """Memory for the maps of one call; the next one writes over it, at any size.
 
-    A large map that is allocated afresh costs more in page faults than many a convolution takes to fill it.
+    A large map that is allocated afresh costs more in page faults than many a convolution takes to fill it. Maps that
+    are not needed at the same time lie in the same place.
     """
 
     def __init__(self) -> None:
-        self._memory: dict[str, Tensor] = {}
+        self._memory: Tensor | None = None
+        self._taken: dict[str, tuple[int, int]] = {}
 
-    def take(self, name: str, x: Tensor, packed: PackedConv, pooled: bool = False) -> Tensor:
-        """Where ``conv(x, packed)`` may write its result: [B, K, H', W'] in the memory called ``name``.
+    def reserve(self, size: int, x: Tensor) -> None:
+        """Begin a call whose maps take ``size`` numbers of the kind of ``x`` at most at the same time."""
+        self._taken.clear()
+        memory = self._memory
+        # Twice as many, because there may be gaps between them. The system gives no memory for what is never written.
+        if memory is None or len(memory) < 2 * size or memory.dtype != x.dtype or memory.device != x.device:
+            self._memory = None  # given back before more is taken
+            # Inside torch.inference_mode it would be of no use to a call outside.
+            with torch.inference_mode(False):
+                self._memory = torch.empty(2 * size, dtype=x.dtype, device=x.device)
+
+    def take(self, name: str, x: Tensor, packed: PackedConv, pooled: bool = False) -> Tensor | None:
+        """Where ``conv(x, packed)`` may write its result [B, K, H', W'], which is called ``name``; None: no room.
 
         ``pooled``: where ``conv_max_pool`` may.
         """
-        sides = packed.out_size(*x.shape[2:])
-        shape = (len(x), *((side + 1) // 2 if pooled else side for side in sides), packed.shape[0])
-        size, memory = math.prod(shape), self._memory.get(name)
-        if memory is None or len(memory) < size or memory.dtype != x.dtype or memory.device != x.device:
-            self._memory.pop(name, None)  # given back before more is taken
-            # Inside torch.inference_mode it would be of no use to a call outside.
-            with torch.inference_mode(False):
-                memory = self._memory[name] = torch.empty(size, dtype=x.dtype, device=x.device)
-        return memory[:size].view(shape).permute(0, 3, 1, 2)
+        batch, channels, rows, columns = shape_of_result(x.shape, packed, pooled)
+        size = batch * channels * rows * columns
+        place = self._first_gap(size)
+        if self._memory is None or place + size > len(self._memory):
+            return None
+        # A little room behind it: a quarter of a map of odd sides is a little more than a quarter.
+        self._taken[name] = (place, place + (size + size // 16 + _LINE - 1) // _LINE * _LINE)
+        return self._memory[place : place + size].view(batch, rows, columns, channels).permute(0, 3, 1, 2)
+
+    def give(self, name: str) -> None:
+        """Nobody reads the map called ``name`` any more."""
+        self._taken.pop(name, None)
+
+    def _first_gap(self, size: int) -> int:
+        place = 0
+        for start, end in sorted(self._taken.values()):
+            if place + size <= start:
+                break
+            place = end
+        return place
+
+
+_LINE = 32  # numbers that fill a line of the cache: 16 of float32, 32 of bfloat16
+
+
+def shape_of_result(shape: Sequence[int], packed: PackedConv, pooled: bool = False) -> tuple[int, int, int, int]:
+    """[B, K, H', W'] of the result for a map of this shape."""
+    rows, columns = packed.out_size(*shape[2:])
+    if pooled:
+        rows, columns = (rows + 1) // 2, (columns + 1) // 2
+    return shape[0], packed.shape[0], rows, columns
 
 
 def _room(workspace: Workspace | None, name: str, x: Tensor, packed: PackedConv, pooled: bool = False) -> Tensor | None:
     return None if workspace is None else workspace.take(name, x, packed, pooled)
+
+
+def _give(workspace: Workspace | None, name: str) -> None:
+    if workspace is not None:
+        workspace.give(name)
 
 
 class Workspaces:
@@ -87,13 +127,24 @@ class PackedBlock:
         return PackedBlock([folded(conv, norm, dtype) for conv, norm in pairs], shortcut)
 
     def __call__(self, x: Tensor, workspace: Workspace | None, name: str) -> Tensor:
-        """The block's map in the memory called ``name``; without a shortcut convolution in that of ``x`` itself."""
+        """The block's map, called ``name``; without a shortcut convolution in the memory of ``x`` itself."""
         y = x
         for number, packed in enumerate(self.convs[:-1]):
             y = conv(y, packed, relu=True, out=_room(workspace, f"inner{number}", y, packed))
+            _give(workspace, f"inner{number - 1}")
         if self.shortcut is not None:
             x = conv(x, self.shortcut, out=_room(workspace, name, x, self.shortcut))
-        return conv(y, self.convs[-1], residual=x, relu=True, out=None if workspace is None else x)
+        y = conv(y, self.convs[-1], residual=x, relu=True, out=None if workspace is None else x)
+        _give(workspace, f"inner{len(self.convs) - 2}")
+        return y
+
+    def sizes(self, shape: Sequence[int]) -> tuple[int, Sequence[int]]:
+        """How many numbers the maps between have, and the shape of the block's map, for a map of this shape."""
+        inner = 0
+        for packed in self.convs:
+            shape = shape_of_result(shape, packed)
+            inner += math.prod(shape)
+        return inner - math.prod(shape), shape
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> PackedBlock:
         """With ``fn`` applied to every weight and bias."""
@@ -135,15 +186,31 @@ class PackedResNet(nn.Module):
 
     def _run(self, images: Tensor, workspace: Workspace | None) -> list[Tensor]:
         x = images.to(self.dtype)
-        x = conv_max_pool(x, self.stem, out=_room(workspace, "pooled", x, self.stem, pooled=True))
+        if workspace is not None:
+            workspace.reserve(self._most_at_once(x.shape), x)
+        name = "pooled"
+        x = conv_max_pool(x, self.stem, out=_room(workspace, name, x, self.stem, pooled=True))
         maps = []
         for number, stage in enumerate(self.stages):
             for block in stage:
-                x = block(x, workspace, f"maps{number % 2}")
+                before, name = name, name if block.shortcut is None else f"maps{number}"
+                x = block(x, workspace, name)
+                if before != name:
+                    _give(workspace, before)
             if self.all_maps or stage is self.stages[-1]:
                 # A copy: the workspace's memory is for the next call.
                 maps.append(x.to(images.dtype, copy=True))
         return maps
+
+    def _most_at_once(self, images: Sequence[int]) -> int:
+        """The numbers of the largest block: what it is given, what lies between, what it gives."""
+        shape: Sequence[int] = shape_of_result(images, self.stem, pooled=True)
+        most = 0
+        for block in (block for stage in self.stages for block in stage):
+            inner, after = block.sizes(shape)
+            most = max(most, math.prod(shape) + inner + math.prod(after))
+            shape = after
+        return most
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedResNet:
         super()._apply(fn, recurse)
