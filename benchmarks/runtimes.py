@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +17,6 @@ from detr_fast import Detr, optimize
 from detr_fast.build import model_from_args
 
 Run = Callable[[Tensor], tuple[Tensor, Tensor]]
-
-
-def tuned_malloc() -> bool:
-    """Whether this process keeps freed memory: MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1099511627776."""
-    return os.environ.get("MALLOC_MMAP_MAX_") == "0" and "MALLOC_TRIM_THRESHOLD_" in os.environ
 
 
 def model_of(shape: InferenceShape) -> Detr:
