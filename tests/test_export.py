@@ -156,7 +156,7 @@ def test_exported_program(tmp_path: Path) -> None:
 
 def test_a_program_takes_images_of_any_size(tmp_path: Path) -> None:
     """Of one pixel a side, and of maps of one cell in either direction."""
-    model, path = small_segm(), tmp_path / "model.pt2"
+    model, path = small_model(), tmp_path / "model.pt2"
     export_model(model, path, format="torch-export")
     run = torch.export.load(path).module()
     for batch, height, width in ((1, 1, 1), (2, 1, 40), (1, 200, 9), (3, 32, 33), (1, 33, 32), (2, 100, 70)):
@@ -164,8 +164,8 @@ def test_a_program_takes_images_of_any_size(tmp_path: Path) -> None:
         with torch.no_grad():
             expected = model(images)
         for name, answer in run(images, None).items():
-            # Rounding comes to 5e-6; an answer for maps of another size would differ by more than 0.01.
-            torch.testing.assert_close(answer, expected[name], atol=2e-4, rtol=2e-4)
+            # Rounding comes to 2e-6 in 200 such images.
+            torch.testing.assert_close(answer, expected[name], atol=1e-4, rtol=1e-4)
 
 
 def test_learned_positions_keep_their_bound(tmp_path: Path) -> None:
