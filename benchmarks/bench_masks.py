@@ -48,6 +48,7 @@ def test_losses(race: Race, contestant: str) -> None:
 
 @pytest.mark.parametrize("contestant", CONTESTANTS)
 def test_postprocess(race: Race, contestant: str) -> None:
+    pytest.importorskip("PIL", reason="Pillow, which writes the PNG, is not installed")
     race(f"panoptic post-processing {MASKS.name}", contestant, lambda: postprocess(MASKS))
 
 

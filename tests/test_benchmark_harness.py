@@ -124,6 +124,19 @@ def test_original_matching_agrees_with_ours_and_a_wrong_one_is_refused():
             compare(Contest([*contest.contestants, Contestant("cheat", cheat)], contest.check))
 
 
+def test_a_peer_that_cannot_run_is_left_out_with_its_reason(monkeypatch):
+    theirs = pytest.importorskip("transformers.loss.loss_for_object_detection")
+    from benchmarks import bench_matching
+
+    def broken(*arguments):
+        raise NameError("no corners here")
+
+    monkeypatch.setattr(theirs.HungarianMatcher, "forward", broken)
+    contest = bench_matching.contest(SMALL)
+    assert contest.skipped["transformers"] == "its matcher does not run here: NameError: no corners here"
+    assert "transformers" not in [contestant.name for contestant in contest.contestants]
+
+
 def test_original_giou_is_that_of_the_package():
     from detr_fast.ops import boxes
 
