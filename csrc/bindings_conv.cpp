@@ -62,6 +62,14 @@ void winograd_cpu(const Sizes& sizes, uintptr_t x, uintptr_t packed, uintptr_t b
                            at<const float>(residual), at<const float>(gate), relu, at<float>(out), threads);
 }
 
+void winograd_weight_gradient_cpu(const Sizes& sizes, uintptr_t x, uintptr_t grad, uintptr_t scale, uintptr_t of_weight,
+                                  int threads) {
+    const py::gil_scoped_release release;
+    const auto shape = shape_of(sizes);
+    detr_fast_winograd_weight_gradient_cpu(&shape, at<const float>(x), at<const float>(grad), at<const float>(scale),
+                                           at<float>(of_weight), threads);
+}
+
 }  // namespace
 
 void bind_conv(py::module_& m) {
@@ -71,4 +79,5 @@ void bind_conv(py::module_& m) {
     m.def("conv_max_pool_cpu", &conv_max_pool_cpu);
     m.def("multiply_and_add_cpu", &detr_fast_multiply_and_add_cpu, py::call_guard<py::gil_scoped_release>());
     m.def("winograd_cpu", &winograd_cpu);
+    m.def("winograd_weight_gradient_cpu", &winograd_weight_gradient_cpu);
 }

@@ -17,6 +17,12 @@ extern "C" {
 void detr_fast_winograd_cpu(const struct detr_fast_conv* shape, const float* x, const float* packed, const float* bias,
                             const float* residual, const float* gate, bool relu, float* out, int threads);
 
+// The gradient of the weight [out_channels, channels, 3, 3], times a factor of each out channel where scale is not
+// null, from a map and the gradient of the convolution's result: the transpose of the same algorithm, with a quarter of
+// the multiplications. The bits of the result do not depend on the number of threads. Throws std::bad_alloc.
+void detr_fast_winograd_weight_gradient_cpu(const struct detr_fast_conv* shape, const float* x, const float* grad,
+                                            const float* scale, float* of_weight, int threads);
+
 #if defined(__cplusplus)
 }
 #endif

@@ -60,5 +60,28 @@ DETR_FAST_INLINE auto weight_at(const Weight& w) {
 constexpr double slope_p = 2.0 * p2 * (p2 - q2), slope_q = 2.0 * q2 * (q2 - p2);
 constexpr double weight_scale[inputs] = {1 / (1.0 * p2 * q2), 1 / slope_p, 1 / slope_p, 1 / slope_q, 1 / slope_q, 1};
 
+// The transpose of output_line: what the gradient of 4 outputs is at the points.
+template <typename Number>
+DETR_FAST_INLINE void gradient_line(const Number (&y)[outputs], Number (&at)[inputs]) {
+    const Number even_p = y[0] + p2 * y[2], odd_p = p * y[1] + p * p2 * y[3];
+    const Number even_q = y[0] + q2 * y[2], odd_q = q * y[1] + q * q2 * y[3];
+    at[0] = y[0];
+    at[1] = even_p + odd_p;
+    at[2] = even_p - odd_p;
+    at[3] = even_q + odd_q;
+    at[4] = even_q - odd_q;
+    at[5] = y[3];
+}
+
+// The transpose of weight_at times weight_scale, for all points.
+template <typename Doubles>
+DETR_FAST_INLINE void weight_gradient_line(const Doubles (&at)[inputs], Doubles (&w)[3]) {
+    constexpr double of_p = weight_scale[1], of_q = weight_scale[3];
+    const Doubles even_p = of_p * (at[1] + at[2]), even_q = of_q * (at[3] + at[4]);
+    w[0] = weight_scale[0] * at[0] + even_p + even_q;
+    w[1] = of_p * p * (at[1] - at[2]) + of_q * q * (at[3] - at[4]);
+    w[2] = double{p2} * even_p + double{q2} * even_q + at[5];
+}
+
 }  // namespace winograd
 }  // namespace detr_fast

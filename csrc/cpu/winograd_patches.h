@@ -78,6 +78,25 @@ DETR_FAST_INLINE void with_constant(int64_t count, const Call& call) {
     if constexpr (most > 1) with_constant<most - 1>(count, call);
 }
 
+// The 6x6 inputs pixel(row, column) of a patch at every position; positions lie `position_step` apart.
+template <int Bytes, typename Pixel>
+DETR_FAST_INLINE void transform_inputs(float* to, int64_t position_step, const Pixel& pixel) {
+    using Floats = typename Registers<Bytes>::Floats;
+    Floats rows[inputs][inputs];
+    unrolled<inputs>([&](auto column) DETR_FAST_LAMBDA {
+        Floats x[inputs], at[inputs];
+        unrolled<inputs>([&](auto row) DETR_FAST_LAMBDA { x[row] = pixel(row, column); });
+        input_line(x, at);
+        unrolled<inputs>([&](auto row) DETR_FAST_LAMBDA { rows[row][column] = at[row]; });
+    });
+    unrolled<inputs>([&](auto row) DETR_FAST_LAMBDA {
+        Floats at[inputs];
+        input_line(rows[row], at);
+        unrolled<inputs>([&](auto column)
+                             DETR_FAST_LAMBDA { store_as(to + (row * inputs + column) * position_step, at[column]); });
+    });
+}
+
 // Numbers of a patch's 36 positions lie `position_step` apart.
 template <int Bytes>
 class PatchTransforms {
@@ -97,12 +116,12 @@ class PatchTransforms {
         const bool inside = top >= 0 && left >= 0 && top + reach < shape_.height && left + reach < shape_.width;
         const int64_t whole = inside ? shape_.channels / width * width : 0;
         for (int64_t c = 0; c < whole; c += width) {
-            transform_inputs(to + c, position_step, [&](auto row, auto column) DETR_FAST_LAMBDA {
+            transform_inputs<Bytes>(to + c, position_step, [&](auto row, auto column) DETR_FAST_LAMBDA {
                 return load_as<Floats>(corner + row * row_step + column * column_step + c);
             });
         }
         for (int64_t c = whole; c < shape_.channels; c += width) {
-            transform_inputs(to + c, position_step, [&](auto row, auto column) DETR_FAST_LAMBDA {
+            transform_inputs<Bytes>(to + c, position_step, [&](auto row, auto column) DETR_FAST_LAMBDA {
                 if (!inside && !holds(top + row * d, left + column * d)) return Floats{};
                 return load_first<Bytes>(corner + row * row_step + column * column_step + c, shape_.channels - c);
             });
@@ -134,24 +153,6 @@ class PatchTransforms {
     }
 
   private:
-    template <typename Pixel>
-    DETR_FAST_INLINE void transform_inputs(float* to, int64_t position_step, const Pixel& pixel) const {
-        Floats rows[inputs][inputs];
-        unrolled<inputs>([&](auto column) DETR_FAST_LAMBDA {
-            Floats x[inputs], at[inputs];
-            unrolled<inputs>([&](auto row) DETR_FAST_LAMBDA { x[row] = pixel(row, column); });
-            input_line(x, at);
-            unrolled<inputs>([&](auto row) DETR_FAST_LAMBDA { rows[row][column] = at[row]; });
-        });
-        unrolled<inputs>([&](auto row) DETR_FAST_LAMBDA {
-            Floats at[inputs];
-            input_line(rows[row], at);
-            unrolled<inputs>([&](auto column) DETR_FAST_LAMBDA {
-                store_as(to + (row * inputs + column) * position_step, at[column]);
-            });
-        });
-    }
-
     template <typename Finish>
     DETR_FAST_INLINE void transform_products(const float* from, int64_t position_step, const Finish& finish) const {
         Floats rows[outputs][inputs];

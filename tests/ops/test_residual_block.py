@@ -26,6 +26,7 @@ BLOCKS: dict[str, tuple[int, list[tuple[int, int, int, int, int]], int | None, i
     "one pixel": (8, [(4, 1, 1, 0, 1), (4, 3, 1, 1, 1), (8, 1, 1, 0, 1)], None, 1, 1, 1),
     "first layer has the stride": (8, [(4, 1, 2, 0, 1), (8, 3, 1, 1, 1)], 2, 1, 7, 9),
     "no images": (8, [(4, 1, 1, 0, 1), (8, 3, 1, 1, 1)], 1, 0, 7, 9),
+    "map in several rounds": (256, [(8, 3, 1, 1, 1)], 1, 1, 110, 106),
     "real": (256, [(64, 1, 1, 0, 1), (64, 3, 1, 1, 1), (256, 1, 1, 0, 1)], None, 1, 40, 34),
 }
 

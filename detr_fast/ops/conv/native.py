@@ -97,6 +97,14 @@ def fastest(sizes: Sizes) -> str:
     return "winograd" if pays and fits_winograd(sizes) else "gemm"
 
 
+def winograd_weight_gradient(sizes: Sizes, x: Tensor, grad: Tensor, scale: Tensor) -> Tensor:
+    """Of the weight [K, C, 3, 3], times a factor for each channel [K], from channels-last maps."""
+    of_weight = torch.empty(sizes.out_channels, sizes.channels, 3, 3, dtype=torch.float32)
+    addresses = (tensor.data_ptr() for tensor in (x, grad, scale, of_weight))
+    _native.module().winograd_weight_gradient_cpu(sizes, *addresses, torch.get_num_threads())
+    return of_weight
+
+
 def pack(sizes: Sizes, weight: Tensor, scale: Tensor | None = None, *, adjoint: bool = False) -> Tensor:
     """The weight in panels, as csrc/cpu/gemm_tile.h describes them: what both algorithms read.
 

@@ -147,6 +147,9 @@ def _is_1x1(layer: FrozenConv) -> bool:
 
 def _weight_gradient(grad: Tensor, x: Tensor, layer: FrozenConv) -> Tensor:
     """As the weight, contiguous."""
+    sizes = _sizes(x, layer)
+    if conv.fastest(sizes) == "winograd":
+        return conv.winograd_weight_gradient(sizes, x, grad, layer.scale.contiguous())
     if _is_1x1(layer):
         seen = x[:, :, :: layer.stride, :: layer.stride]
         of_weight = _by_pixels(grad).t().mm(_by_pixels(seen)).view(layer.weight.shape)
