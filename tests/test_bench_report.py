@@ -108,6 +108,14 @@ def test_checks_without_a_clock_are_on_the_page(tmp_path, files):
         read_findings([tmp_path / "half.json"])
 
 
+def test_the_page_says_how_long_all_of_it_took(tmp_path):
+    contests = {"loss": [entry("original", 1.0, 1.0)]}
+    files = [write(tmp_path, name, contests, elapsed_seconds=s) for name, s in (("a", 130), ("b", 170))]
+    text = page.render(read_all(files))
+    assert "<td>130 s</td>" in text and "Together 5 minutes" in text
+    assert "Together" not in page.render(read_all([*files, write(tmp_path, "c", contests)])), "of one it is not known"
+
+
 def test_the_kept_checks_are_read():
     found = {of.name: of for of in read_findings(KEPT.glob("*.json"))}
     assert {"exactness", "mask_sharpness"} <= set(found)

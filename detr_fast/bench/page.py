@@ -38,13 +38,17 @@ def render(results: Sequence[Results], findings: Sequence[Findings] = ()) -> str
         f"<title>detr_fast: measured</title><style>{STYLE}</style></head>\n<body><h1>detr_fast: measured</h1>\n"
         "<p>Medians of contestants that take turns in one process, each checked against the right answer before any "
         "is timed, and their quartiles. A ratio is formed turn by turn, to the first contestant of its table. "
-        f"Ours are marked blue. Memory is torch's allocator's.</p>\n{body}\n</body></html>\n"
+        "Ours are discs in the plots and blue in the tables. Memory is torch's allocator's.</p>\n"
+        f"{body}\n</body></html>\n"
     )
 
 
 def _overview(results: Sequence[Results], findings: Sequence[Findings]) -> str:
     rows = [[_link(of.name), _text(of.head["cpu"]), _gpu(of), str(len(of.contests)), _elapsed(of)] for of in results]
     table = _table(["file", "processor", "GPU", "contests", "took"], rows, kind="text")
+    seconds = [of.elapsed_seconds for of in results if of.elapsed_seconds is not None]
+    if seconds and len(seconds) == len(results):
+        table += f"<p>Together {sum(seconds) / 60:.0f} minutes.</p>"
     others = ", ".join(_link(of.name) for of in findings)
     return f"<h2>Files</h2>{table}" + (f"<p>Checks without a clock: {others}.</p>" if others else "")
 
