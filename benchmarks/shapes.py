@@ -158,8 +158,12 @@ class PhotographShape:
     longest: int = 1333
 
 
-# The commonest size of COCO's, and a telephone's.
-PHOTOGRAPHS = (PhotographShape("coco-2", (640, 480)), PhotographShape("12-megapixels-2", (4000, 3000)))
+# The commonest size of COCO's; a telephone's, too small to be decoded at half its size; a camera's, which is not.
+PHOTOGRAPHS = (
+    PhotographShape("coco-2", (640, 480)),
+    PhotographShape("12-megapixels-2", (4000, 3000)),
+    PhotographShape("24-megapixels-2", (6000, 4000)),
+)
 
 
 @dataclass(frozen=True)
