@@ -12,7 +12,7 @@ from detr_fast.graphed_inference import GraphedForward, GraphSizes
 from detr_fast.models.backbone import Backbone, ResNet
 from detr_fast.models.detr import Detr
 from detr_fast.models.packed_resnet import PackedResNet, can_pack
-from detr_fast.models.packed_transformer import pack_transformer
+from detr_fast.models.packed_transformer import pack_transformer, packed_weights
 from detr_fast.models.segmentation import DetrSegm
 from detr_fast.models.transformer import Transformer
 
@@ -60,18 +60,24 @@ def optimize(
         raise ValueError("cuda_graph cannot be used here: torch finds no CUDA device")
     if cuda_graph and not isinstance(model, (Detr, DetrSegm)):
         raise TypeError(f"cuda_graph needs a Detr or a DetrSegm, got a {type(model).__name__}")
+    packs_transformers = dtype is None and not compile
     # What is found in the memo is not copied but taken from it.
-    fast: Model = copy.deepcopy(model, _packed_bodies(model, dtype))
-    fast.eval().requires_grad_(False)
+    memo: dict[int, Any] = _packed_bodies(model, dtype)
+    if packs_transformers:
+        transformers = [module for module in model.modules() if isinstance(module, Transformer)]
+        memo |= {id(weight): weight for each in transformers for weight in packed_weights(each)}
+    fast: Model = copy.deepcopy(model, memo)
     for module in list(fast.modules()):
+        if isinstance(module, Transformer) and packs_transformers:
+            pack_transformer(module)
+    fast.eval().requires_grad_(False)
+    for module in fast.modules():
         if isinstance(module, Detr):
             module.aux_loss = module.aux_loss and aux_outputs
         if isinstance(module, Transformer) and dtype is not None:
             _compute_in(dtype, module)
         if isinstance(module, Transformer) and compile:
             module.compile(dynamic=True)
-        if isinstance(module, Transformer) and not compile and dtype is None:
-            pack_transformer(module)
     if cuda_graph:
         sizes = cuda_graph if isinstance(cuda_graph, GraphSizes) else GraphSizes()
         fast.forward = GraphedForward(fast, sizes)  # type: ignore[method-assign]

@@ -107,6 +107,19 @@ def test_the_model_itself_stays_as_it_was() -> None:
     assert isinstance(fast.backbone[0].body, PackedResNet) and isinstance(model.backbone[0].body, ResNet)
 
 
+def test_the_copy_keeps_nothing_of_the_model() -> None:
+    model, images = resnet_detr().eval(), torch.randn(1, 3, 64, 96)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    fast = optimize(model)
+    expected = fast(images)["pred_boxes"].clone()
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
+    again = optimize(model)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.zero_()
+    assert torch.equal(again(images)["pred_boxes"], expected)
+
+
 def test_outputs_of_earlier_layers_where_they_are_asked_for() -> None:
     model, images = resnet_detr().eval(), torch.randn(1, 3, 64, 64)
     expected, found = model(images)["aux_outputs"], optimize(model, aux_outputs=True)(images)["aux_outputs"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from detr_fast.models.backbone import BasicBlock, Bottleneck, FrozenBatchNorm2d, ResNet
-from detr_fast.ops import PackedConv, conv, conv_max_pool
+from detr_fast.ops import PackedConv, conv, conv_max_pool, pack_conv
 
 
 class Workspace:
@@ -233,11 +233,11 @@ def folded(conv: nn.Module, norm: nn.Module, dtype: torch.dtype | None = None) -
     if not isinstance(conv, nn.Conv2d) or not simple or isinstance(conv.padding, str):
         raise ValueError(f"a convolution must be nn.Conv2d in one group with zeros around it, got {conv}")
     scale, shift = _scale_and_shift(norm)
-    weight = conv.weight.detach() * scale[:, None, None, None]
     if conv.bias is not None:
         shift = shift + conv.bias.detach() * scale
     (stride, _), (padding, _), (dilation, _) = conv.stride, conv.padding, conv.dilation
-    return PackedConv.of(weight.to(dtype), shift.to(dtype), stride=stride, padding=padding, dilation=dilation)
+    packed = pack_conv(conv.weight, shift, scale=scale, stride=stride, padding=padding, dilation=dilation)
+    return packed if dtype in (None, packed.dtype) else applied(lambda x: x.to(dtype), packed)
 
 
 def _scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:

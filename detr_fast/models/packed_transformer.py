@@ -16,7 +16,7 @@ from detr_fast.models.transformer import (
     TransformerDecoderLayer,
     TransformerEncoderLayer,
 )
-from detr_fast.ops import PackedConv, conv
+from detr_fast.ops import PackedConv, conv, pack_conv
 
 
 class PackedLinear(nn.Module):
@@ -30,7 +30,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, relu: bool = False) -> None:
         super().__init__()
-        self.packed = PackedConv.of(weight[:, :, None, None], bias)
+        self.packed: PackedConv = pack_conv(weight[:, :, None, None], bias)
         self.out_features, self.in_features = weight.shape
         self.relu = relu
 
@@ -111,10 +111,18 @@ class PackedDecoder(TransformerDecoder):
         return list(zip(keys.unbind(1), values.unbind(1), strict=True))
 
 
-def pack_transformer(transformer: Transformer) -> None:
-    """Pack the linear layers of a transformer in eval mode, if it is in float32 on a CPU."""
+def packed_weights(transformer: Transformer) -> list[Tensor]:
+    """The weights of which ``pack_transformer`` leaves nothing in the transformer; none where it does nothing."""
     weight = next(transformer.parameters())
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return []
+    layers = [*transformer.encoder.layers, *transformer.decoder.layers]
+    return [weight for layer in layers for weight in layer.parameters() if weight.ndim == 2]
+
+
+def pack_transformer(transformer: Transformer) -> None:
+    """Pack the linear layers of a transformer in eval mode, if it is in float32 on a CPU."""
+    if not packed_weights(transformer):
         return
     for layer in transformer.encoder.layers:
         assert isinstance(layer, TransformerEncoderLayer)

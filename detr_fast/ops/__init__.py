@@ -20,7 +20,7 @@ from detr_fast.ops.boxes import (
     pairwise_iou,
     xyxy_to_cxcywh,
 )
-from detr_fast.ops.conv import PackedConv, conv
+from detr_fast.ops.conv import PackedConv, conv, pack_conv
 from detr_fast.ops.conv_max_pool import conv_max_pool
 from detr_fast.ops.dropout import Dropout
 from detr_fast.ops.mask_argmax import Places, mask_argmax
@@ -66,6 +66,7 @@ __all__ = [
     "mask_threshold",
     "matching",
     "matching_cost",
+    "pack_conv",
     "pairwise_giou",
     "pairwise_iou",
     "relu_dropout",

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detr_fast.ops import PackedConv, _native, conv
+from detr_fast.ops import PackedConv, _native, conv, pack_conv
 
 WHY_NOT = _native.load().why_not
 needs_native = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
@@ -269,3 +269,17 @@ def test_the_weight_comes_back_from_panels(shape: tuple[int, ...]) -> None:
     assert packed.weight.data_ptr() != weight.data_ptr()  # it is not kept beside the panels
     assert torch.equal(packed.weight, weight) and packed.weight.is_contiguous() and not packed.weight.is_inference()
     assert torch.equal(pickle.loads(pickle.dumps(packed)).weight, weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_scaled_weight_is_the_product_and_keeps_nothing_of_the_weight(dtype: torch.dtype) -> None:
+    weight, bias, scale = torch.randn(70, 33, 3, 3).to(dtype), torch.randn(70).to(dtype), torch.randn(70).to(dtype)
+    product = weight * scale[:, None, None, None]
+    weight.requires_grad_()
+    packed = pack_conv(weight, bias, scale=scale, padding=1)
+    weight.data.zero_()
+    assert torch.equal(packed.weight, product) and not packed.weight.requires_grad
+    x = torch.randn(1, 33, 5, 6).to(dtype)
+    assert torch.equal(conv(x, packed), conv(x, PackedConv.of(product, bias, padding=1)))
+    with pytest.raises(ValueError, match=rf"scale must be {dtype} \[70\] on cpu, as the weight is, got .*\[33\]"):
+        pack_conv(weight, bias, scale=scale[:33])

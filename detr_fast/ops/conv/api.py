@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from detr_fast.ops._dispatch import Implementation, Op, always_runs, goes_through_dispatcher
-from detr_fast.ops.conv.native import ALGORITHMS, conv_native, fits_winograd, sizes_of, why_not
+from detr_fast.ops.conv.native import ALGORITHMS, conv_native, fits_winograd, panels_of, sizes_of, why_not
 from detr_fast.ops.conv.reference import conv_reference
 from detr_fast.ops.conv.types import (
     ConvInputs,
@@ -15,6 +15,7 @@ from detr_fast.ops.conv.types import (
     check_no_gradient,
     check_out,
     check_same_kind,
+    check_vector,
 )
 
 OP = Op(
@@ -25,6 +26,37 @@ OP = Op(
     ),
     example=lambda device: (torch.empty(1, 1, 1, 1, device=device),),
 )
+
+
+def pack_conv(
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+) -> PackedConv:
+    """``PackedConv.of`` a weight, times a factor for each channel such as a norm's, that keeps nothing of ``weight``.
+
+    Args:
+        weight, bias, stride, padding, dilation: as of ``PackedConv.of``.
+        scale: [K] of the weight's dtype and device; None is 1.
+
+    Raises:
+        ValueError: as ``PackedConv.of``, and where ``scale`` is not as above.
+    """
+    place = {"stride": stride, "padding": padding, "dilation": dilation}
+    packed = PackedConv.of(weight, bias, **place)
+    if scale is not None:
+        check_vector("scale", scale, weight)
+        scale = scale.detach().contiguous()
+    if goes_through_dispatcher(weight) or why_not(weight) is not None:
+        product = weight.detach().clone() if scale is None else weight.detach() * scale[:, None, None, None]
+        return PackedConv.of(product, bias, **place)
+    # Packed at once: a product beside the weight would be as large, and leave holes in the heap when it goes.
+    panels_of(packed, scale)
+    return packed
 
 
 def conv(

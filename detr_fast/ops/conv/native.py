@@ -119,9 +119,9 @@ def pack(sizes: Sizes, weight: Tensor, scale: Tensor | None = None, *, adjoint: 
     return panels
 
 
-def panels_of(packed: PackedConv) -> Tensor:
-    """The weight in panels, in which ``packed`` keeps it from then on."""
-    return packed.panels(lambda packed, weight: pack(sizes_of(packed, (1, weight.shape[1], 0, 0)), weight))
+def panels_of(packed: PackedConv, scale: Tensor | None = None) -> Tensor:
+    """The weight in panels, in which ``packed`` keeps it from then on, the first time multiplied by ``scale`` [K]."""
+    return packed.panels(lambda packed, weight: pack(sizes_of(packed, (1, weight.shape[1], 0, 0)), weight, scale))
 
 
 def sizes_of(packed: PackedConv, shape: Sequence[int]) -> Sizes:

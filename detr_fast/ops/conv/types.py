@@ -44,11 +44,8 @@ class PackedConv:
         if weight.ndim != 4 or not weight.is_floating_point() or 0 in weight.shape:
             got = f"{weight.dtype} {list(weight.shape)}"
             raise ValueError(f"weight must be float [K, C, R, S] without a zero, got {got}")
-        if bias is not None and (
-            list(bias.shape) != [len(weight)] or bias.dtype != weight.dtype or bias.device != weight.device
-        ):
-            wanted, got = f"{weight.dtype} [{len(weight)}] on {weight.device}", f"{bias.dtype} {list(bias.shape)}"
-            raise ValueError(f"bias must be {wanted}, as the weight is, got {got} on {bias.device}")
+        if bias is not None:
+            check_vector("bias", bias, weight)
         for name, value, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer from {least} on, got {value!r}")
@@ -109,6 +106,13 @@ class ConvInputs(NamedTuple):
     out: Tensor | None  # [B, K, H', W'], channels last
     algorithm: str | None
     gate: Tensor | None = None  # [B, K, H', W']
+
+
+def check_vector(name: str, vector: Tensor, weight: Tensor) -> None:
+    """Raise ValueError unless ``vector`` has a number for each of the weight's output channels."""
+    if list(vector.shape) != [len(weight)] or vector.dtype != weight.dtype or vector.device != weight.device:
+        wanted, got = f"{weight.dtype} [{len(weight)}] on {weight.device}", f"{vector.dtype} {list(vector.shape)}"
+        raise ValueError(f"{name} must be {wanted}, as the weight is, got {got} on {vector.device}")
 
 
 def check_map(x: Tensor, packed: PackedConv) -> None:
