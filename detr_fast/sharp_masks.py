@@ -65,7 +65,7 @@ class SharpMasks:
 
 
 def sharpen_masks(logits: Tensor, image: Tensor) -> Tensor:
-    """Upsample masks to the size of their image, bilinearly where they are certain.
+    """Upsample masks to the size of their image, each bilinearly where it is certain itself.
 
     Args:
         logits: [K, h, w] float.
@@ -89,8 +89,9 @@ def sharpen_masks(logits: Tensor, image: Tensor) -> Tensor:
     leaning = torch.tanh(sharp / 2)  # 2 p - 1
     rows, columns = (leaning.abs() < CERTAIN).any(0).nonzero(as_tuple=True)
     ours = _lean_of_neighbours(torch.tanh(logits / 2), image, rows, columns)
-    mixed = PLAIN_SHARE * leaning[:, rows, columns] + (1 - PLAIN_SHARE) * ours
-    sharp[:, rows, columns] = 2 * torch.atanh(mixed.clamp(-1 + 1e-6, 1 - 1e-6))
+    plain = leaning[:, rows, columns]
+    mixed = 2 * torch.atanh((PLAIN_SHARE * plain + (1 - PLAIN_SHARE) * ours).clamp(-1 + 1e-6, 1 - 1e-6))
+    sharp[:, rows, columns] = torch.where(plain.abs() < CERTAIN, mixed, sharp[:, rows, columns])
     return sharp
 
 

@@ -103,6 +103,7 @@ tokens, offsets = torch.ones(3, 1, 16), TokenOffsets.of([1, 2], "cpu")
 masks = torch.stack([torch.eye(2), 1 - torch.eye(2)])
 places = Places.of(np.arange(2), 2, 2)
 maps, packed = torch.ones(1, 2, 6, 6), PackedConv.of(torch.ones(1, 2, 1, 1), None)
+block = FrozenConv(torch.ones(2, 2, 1, 1), torch.ones(2), torch.zeros(2))
 runs = {
     "add_layer_norm": lambda: bool((add_layer_norm(tokens[0], -tokens[0], torch.ones(16), torch.ones(16)) == 1).all()),
     "relu_dropout": lambda: relu_dropout(masks - 1, Dropout(0.5, torch.tensor([7]))).count_nonzero() == 0,
@@ -112,6 +113,7 @@ runs = {
     "mask_threshold": lambda: mask_threshold(masks, places, places, 0.5).tolist() == masks.long().tolist(),
     "conv": lambda: conv(maps, packed).flatten().tolist() == [2.0] * 36,
     "conv_max_pool": lambda: conv_max_pool(maps, packed).flatten().tolist() == [2.0] * 9,
+    "residual_block": lambda: residual_block(maps, [block]).flatten().tolist() == [3.0] * 72,
     "set_criterion": lambda: abs(set_criterion(logits, boxes, targets, num_boxes=1).losses.loss_giou.item()) < 1e-6,
     "attention": lambda: bool((attention(tokens, tokens, tokens, offsets, offsets) == 1).all()),
     "assignment": lambda: assignment(costs, [2]).tolist() == [[1, 0]],
