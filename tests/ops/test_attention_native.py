@@ -31,16 +31,6 @@ BLOCKS = {f"{n} queries": Shape(1, 32, [n], [n + 130]) for n in (8, 17, 24, 48, 
 PARTS = {"keys in parts": Shape(1, 32, [33, 7], [600, 70]), "a real size": Shape(2, 32, [100], [850])}
 
 
-@pytest.fixture(params=[16, 32, 64])
-def vector_bytes(request: pytest.FixtureRequest) -> Iterator[int]:
-    native = _native.module()
-    if native.vector_bytes() < request.param:
-        pytest.skip(f"this processor's vectors hold {native.vector_bytes()} bytes")
-    native.limit_vector_bytes(request.param)
-    yield request.param
-    native.limit_vector_bytes(64)
-
-
 def run(inputs: AttentionInputs, grad: Tensor) -> list[Tensor]:
     out, log_sum = attention_native(inputs)
     return [out, *attention_native_backward(inputs, grad, out, log_sum)]

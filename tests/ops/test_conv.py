@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -50,16 +49,6 @@ LAYERS = {
     "no images": Layer(0, 16, (4, 4), 8),
     "real": Layer(1, 512, (25, 34), 512, (3, 3), padding=1),
 }
-
-
-@pytest.fixture(params=[16, 32, 64])
-def vector_bytes(request: pytest.FixtureRequest) -> Iterator[int]:
-    native = _native.module()
-    if native.vector_bytes() < request.param:
-        pytest.skip(f"this processor's vectors hold {native.vector_bytes()} bytes")
-    native.limit_vector_bytes(request.param)
-    yield request.param
-    native.limit_vector_bytes(64)
 
 
 def case(layer: Layer, bias: bool = True) -> tuple[Tensor, PackedConv]:

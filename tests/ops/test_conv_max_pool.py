@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,16 +25,6 @@ CASES = {
     "steps wider than the kernel": ((1, 2, 20, 21), (64, 2, 3), 4, 2),
     "no images": ((0, 3, 16, 16), (64, 7, 7), 2, 3),
 }
-
-
-@pytest.fixture(params=[16, 32, 64])
-def vector_bytes(request: pytest.FixtureRequest) -> Iterator[int]:
-    native = _native.module()
-    if native.vector_bytes() < request.param:
-        pytest.skip(f"this processor's vectors hold {native.vector_bytes()} bytes")
-    native.limit_vector_bytes(request.param)
-    yield request.param
-    native.limit_vector_bytes(64)
 
 
 def case(name: str) -> tuple[Tensor, PackedConv]:

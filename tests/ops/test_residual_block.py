@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,16 +27,6 @@ BLOCKS: dict[str, tuple[int, list[tuple[int, int, int, int, int]], int | None, i
     "map in several rounds": (256, [(8, 3, 1, 1, 1)], 1, 1, 110, 106),
     "real": (256, [(64, 1, 1, 0, 1), (64, 3, 1, 1, 1), (256, 1, 1, 0, 1)], None, 1, 40, 34),
 }
-
-
-@pytest.fixture(params=[16, 32, 64])
-def vector_bytes(request: pytest.FixtureRequest) -> Iterator[int]:
-    native = _native.module()
-    if native.vector_bytes() < request.param:
-        pytest.skip(f"this processor's vectors hold {native.vector_bytes()} bytes")
-    native.limit_vector_bytes(request.param)
-    yield request.param
-    native.limit_vector_bytes(64)
 
 
 def frozen(channels: int, out_channels: int, kernel: int, stride: int, padding: int, dilation: int) -> FrozenConv:

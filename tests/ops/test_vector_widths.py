@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
-from detr_fast.ops import SetLosses, _native, assignment
+from detr_fast.ops import SetLosses, assignment
 from detr_fast.ops.matching import matching
 from detr_fast.ops.matching_cost import matching_cost
 from detr_fast.ops.set_criterion import set_criterion
@@ -18,17 +16,6 @@ from ops.matching_cases import DETR, FOCAL, SHAPES, Case, Shape, double, make_ca
 from ops.set_loss_cases import check_as_exact_as_the_reference, check_outcome, outcome_of, upstream_for
 
 pytestmark = needs_native
-
-
-@pytest.fixture(params=[16, 32, 64])
-def vector_bytes(request: pytest.FixtureRequest) -> Iterator[int]:
-    native = _native.module()
-    if native.vector_bytes() < request.param:
-        pytest.skip(f"this processor's vectors hold {native.vector_bytes()} bytes")
-    native.limit_vector_bytes(request.param)
-    assert native.vector_bytes() == request.param
-    yield request.param
-    native.limit_vector_bytes(64)
 
 
 @pytest.mark.parametrize(

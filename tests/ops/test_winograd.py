@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -32,16 +31,6 @@ SHAPES = {
     "no images": (0, 16, 4, 4, 8, 1),
     "real": (1, 256, 25, 34, 256, 1),
 }
-
-
-@pytest.fixture(params=[16, 32, 64])
-def vector_bytes(request: pytest.FixtureRequest) -> Iterator[int]:
-    native = _native.module()
-    if native.vector_bytes() < request.param:
-        pytest.skip(f"this processor's vectors hold {native.vector_bytes()} bytes")
-    native.limit_vector_bytes(request.param)
-    yield request.param
-    native.limit_vector_bytes(64)
 
 
 def case(name: str) -> tuple[Tensor, PackedConv]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from detr_fast.ops import _native
-from detr_fast.ops.conv.types import ConvInputs, PackedConv
+from detr_fast.ops.conv.types import ConvInputs, Convolution, PackedConv, out_size
 
 ALGORITHMS = ("gemm", "winograd")
 
@@ -124,10 +124,10 @@ def panels_of(packed: PackedConv, scale: Tensor | None = None) -> Tensor:
     return packed.panels(lambda packed, weight: pack(sizes_of(packed, (1, weight.shape[1], 0, 0)), weight, scale))
 
 
-def sizes_of(packed: PackedConv, shape: Sequence[int]) -> Sizes:
+def sizes_of(packed: Convolution, shape: Sequence[int]) -> Sizes:
     """Of the convolution of a map [B, C, H, W]."""
     batch, channels, height, width = shape
     out_channels, _, kernel_height, kernel_width = packed.shape
-    rows, columns = packed.out_size(height, width)
+    rows, columns = out_size(packed, height, width)
     of_maps = (batch, height, width, channels, rows, columns, out_channels)
     return Sizes(*of_maps, kernel_height, kernel_width, packed.stride, packed.padding, packed.dilation)

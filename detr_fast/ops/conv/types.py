@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -57,12 +57,7 @@ class PackedConv:
 
     def out_size(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the result for a map of these; not positive where the kernel does not fit into it."""
-        # Written out, because every call asks three times: a loop over both sides takes four times as long.
-        _, _, kernel_height, kernel_width = self.shape
-        twice, stride, dilation = 2 * self.padding, self.stride, self.dilation
-        rows = (height + twice - dilation * (kernel_height - 1) - 1) // stride + 1
-        columns = (width + twice - dilation * (kernel_width - 1) - 1) // stride + 1
-        return rows, columns
+        return out_size(self, height, width)
 
     @property
     def weight(self) -> Tensor:
@@ -94,6 +89,29 @@ class PackedConv:
     def __repr__(self) -> str:
         shape = "x".join(str(side) for side in self.shape)
         return f"PackedConv({shape}, stride={self.stride}, padding={self.padding}, dilation={self.dilation})"
+
+
+class Convolution(Protocol):
+    """What the size of a convolution's result depends on; ``shape`` is the weight's (K, C, R, S)."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+    @property
+    def stride(self) -> int: ...
+    @property
+    def padding(self) -> int: ...
+    @property
+    def dilation(self) -> int: ...
+
+
+def out_size(conv: Convolution, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of the result for a map of these; not positive where the kernel does not fit into it."""
+    # Written out, because every call asks three times: a loop over both sides takes four times as long.
+    _, _, kernel_height, kernel_width = conv.shape
+    twice, stride, dilation = 2 * conv.padding, conv.stride, conv.dilation
+    rows = (height + twice - dilation * (kernel_height - 1) - 1) // stride + 1
+    columns = (width + twice - dilation * (kernel_width - 1) - 1) // stride + 1
+    return rows, columns
 
 
 class ConvInputs(NamedTuple):

@@ -42,11 +42,11 @@ def residual_block(
         NotImplementedError: ``backend`` cannot run these inputs; the message says why.
 
     Differentiable once in ``x`` and in every weight, not in scales and shifts. Where a map is exactly 0 after its ReLU,
-    nothing passes back, as in PyTorch. In "native" 3x3 layers of stride 1 take Winograd's algorithm, back, and
-    forward where nothing is recorded:
-    against float64 the root mean square of the error, over that of the exact gradient, is 7e-7, 1.4e-6 and 2.0e-6 for a
-    map's gradient with 64, 256 and 512 channels (PyTorch's in float32: 4e-7, 8e-7, 1.2e-6), and 7e-7, 6e-7, 6e-7 for
-    the weight's of two maps of 80x80, 40x40, 20x20 (4e-7, 2e-7, 1e-7). Nothing waits for the device.
+    nothing passes back, as in PyTorch. In "native" 3x3 layers of stride 1 take Winograd's algorithm, back, and forward
+    where nothing is recorded: against float64 the root mean square of the error, over that of the exact gradient, is
+    7e-7, 1.4e-6 and 2.0e-6 for a map's gradient with 64, 256 and 512 channels (PyTorch's in float32: 4e-7, 8e-7,
+    1.2e-6), and 7e-7, 6e-7, 6e-7 for the weight's of two maps of 80x80, 40x40, 20x20 (4e-7, 2e-7, 1e-7). Nothing waits
+    for the device.
     """
     _check(x, layers, shortcut)
     if goes_through_dispatcher(x):

@@ -94,7 +94,7 @@ def _forward(
     algorithm: str | None = None,
 ) -> Tensor:
     """The layer of a channels-last map."""
-    sizes = _sizes(x, layer)
+    sizes = conv.sizes_of(layer, x.shape)
     algorithm = algorithm or conv.fastest(sizes)
     panels = conv.pack(sizes, layer.weight.detach().contiguous(), layer.scale.contiguous())
     return conv.run(algorithm, sizes, x, panels, layer.shift.contiguous(), residual, None, relu, out)
@@ -109,7 +109,7 @@ def _backward(
     out: Tensor | None = None,
 ) -> Tensor:
     """The gradient of a map that a layer of stride 1 takes, which is a convolution of that of its result."""
-    sizes = _sizes(grad, _adjoint(layer))
+    sizes = conv.sizes_of(_adjoint(layer), grad.shape)
     algorithm = conv.fastest(sizes)
     panels = conv.pack(sizes, layer.weight.detach().contiguous(), layer.scale.contiguous(), adjoint=True)
     return conv.run(algorithm, sizes, grad, panels, None, residual, gate, False, out)
@@ -119,14 +119,6 @@ def _adjoint(layer: FrozenConv) -> FrozenConv:
     """A layer of the sizes of the one that takes the gradient back."""
     padding = layer.dilation * (layer.weight.shape[2] - 1) - layer.padding
     return layer._replace(weight=layer.weight.detach().transpose(0, 1), padding=padding)
-
-
-def _sizes(x: Tensor, layer: FrozenConv) -> conv.Sizes:
-    batch, channels, height, width = x.shape
-    out_channels, _, kernel_height, kernel_width = layer.weight.shape
-    rows, columns = layer.out_size(height, width)
-    of_maps = (batch, height, width, channels, rows, columns, out_channels)
-    return conv.Sizes(*of_maps, kernel_height, kernel_width, layer.stride, layer.padding, layer.dilation)
 
 
 def _map_gradient(
@@ -156,7 +148,7 @@ def _is_1x1(layer: FrozenConv) -> bool:
 
 def _weight_gradient(grad: Tensor, x: Tensor, layer: FrozenConv) -> Tensor:
     """As the weight, contiguous."""
-    sizes = _sizes(x, layer)
+    sizes = conv.sizes_of(layer, x.shape)
     if conv.fastest(sizes) == "winograd":
         return conv.winograd_weight_gradient(sizes, x, grad, layer.scale.contiguous())
     if _is_1x1(layer):

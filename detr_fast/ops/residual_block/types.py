@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from detr_fast.ops.conv.types import out_size
 
 
 class FrozenConv(NamedTuple):
@@ -24,13 +27,14 @@ class FrozenConv(NamedTuple):
     padding: int = 0
     dilation: int = 1
 
+    @property
+    def shape(self) -> torch.Size:
+        """(K, C, R, S)."""
+        return self.weight.shape
+
     def out_size(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the result for a map of these."""
-        rows, columns = (
-            (side + 2 * self.padding - self.dilation * (kernel - 1) - 1) // self.stride + 1
-            for side, kernel in zip((height, width), self.weight.shape[2:], strict=True)
-        )
-        return rows, columns
+        return out_size(self, height, width)
 
     def scaled(self) -> Tensor:
         """The weight with the norm's factor in it: [K, C, R, S], which is small beside a map."""
