@@ -83,14 +83,18 @@ def linear(
 
 
 def assert_close(name: str, found: Tensor, expected: Tensor, of_sums: Tensor) -> None:
-    """Winograd's algorithm has twice the error of sums in float32; that of few numbers scatters."""
+    """Winograd's algorithm has twice the error of sums in float32; that of few numbers scatters.
+
+    A single number of a large map may be further off, by 1.7e-5 of the root mean square as csrc/cpu/winograd_lines.h
+    tells of the largest; the root mean square of the errors is what shows a lost digit.
+    """
     assert found.shape == expected.shape and found.dtype == torch.float32
     if expected.numel() == 0:
         return
     scale = expected.square().mean().sqrt().clamp_min(1e-3)
     error, error_of_sums = ((found - expected) / scale).abs(), ((of_sums - expected) / scale).abs()
     times = 2.5 if expected.numel() > 100_000 else 5
-    assert error.max() < times * error_of_sums.max() + 4e-6, (name, error.max(), error_of_sums.max())
+    assert error.max() < times * error_of_sums.max() + 1.7e-5, (name, error.max(), error_of_sums.max())
     rms, rms_of_sums = (e.square().mean().sqrt() for e in (error, error_of_sums))
     assert rms < times * rms_of_sums + 6e-7, (name, rms, rms_of_sums)
 
