@@ -84,12 +84,23 @@ def check_outcome(
     dtype = torch.promote_types(case.logits[0].dtype, torch.float32)
     # In float64 the oracle is no more exact than what it is held against, and its 1 - p loses p's last bits.
     eps = (64 if dtype == torch.float64 else 8) * torch.finfo(dtype).eps
-    check_rows(found.losses, reference.losses, exact.losses, eps)
+    check_rows(found.losses, reference.losses, exact.losses, eps, loss_terms(case, class_loss))
     eps_of_gradient = max(eps, torch.finfo(case.logits[0].dtype).eps)  # gradients are rounded to the predictions' dtype
     terms = {"logit_gradient": class_term(case, query_of_target, class_loss, num_boxes, upstream), "box_gradient": 0.0}
     for name, term in terms.items():
         rows = [getattr(x, name).flatten()[None] for x in (found, reference, exact)]
         check_rows(*rows, eps_of_gradient, term)
+
+
+def loss_terms(case: Case, class_loss: ClassLoss) -> Tensor:
+    """[5] the largest number that a difference is taken of in each row of ``Outcome.losses``.
+
+    A cross-entropy is the logarithm of a sum of exponentials less a logit, and is rounded as these are, where every
+    query is nearly sure of its class too. An exponential of 1 is in each sum.
+    """
+    largest = max(float(x.abs().max()) if x.numel() else 0.0 for x in case.logits)
+    of_classes = max(1.0, largest) if isinstance(class_loss, CrossEntropy) else 0.0
+    return torch.tensor([of_classes, 0, 0, 0, 0], dtype=torch.float64)
 
 
 def class_term(case: Case, query_of_target: Tensor, class_loss: ClassLoss, num_boxes: float, upstream: Tensor) -> float:
@@ -109,11 +120,11 @@ def class_term(case: Case, query_of_target: Tensor, class_loss: ClassLoss, num_b
     return max(factors)
 
 
-def check_rows(found: Tensor, reference: Tensor, exact: Tensor, eps: float, term: float = 0.0) -> None:
+def check_rows(found: Tensor, reference: Tensor, exact: Tensor, eps: float, term: float | Tensor = 0.0) -> None:
     """Each row by its own largest number, or by that of the terms that were added up."""
     if exact.numel() == 0:
         return
-    size = exact.abs().amax(1).clamp(min=term)
+    size = exact.abs().amax(1).clamp(min=torch.as_tensor(term).to(exact))
     error, bound = (found - exact).abs().amax(1), 2 * (reference - exact).abs().amax(1) + eps * size
     assert (error <= bound).all(), f"{error=}, {bound=}"
 
