@@ -16,6 +16,7 @@ from detr_fast.ops.assignment.api import AUCTION
 from detr_fast.ops.assignment.api import OP as ASSIGNMENT
 from detr_fast.ops.attention.api import OP as ATTENTION
 from detr_fast.ops.conv.api import OP as CONV
+from detr_fast.ops.conv_blocks.api import OP as CONV_BLOCKS
 from detr_fast.ops.conv_max_pool.api import OP as CONV_MAX_POOL
 from detr_fast.ops.mask_argmax.api import OP as MASK_ARGMAX
 from detr_fast.ops.mask_loss.api import OP as MASK_LOSS
@@ -40,6 +41,7 @@ OPS = (
     MASK_LOSS,
     MASK_ARGMAX,
     CONV,
+    CONV_BLOCKS,
     CONV_MAX_POOL,
     RESIDUAL_BLOCK,
     MASK_THRESHOLD,

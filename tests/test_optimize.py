@@ -23,7 +23,6 @@ from detr_fast.evaluate import evaluate
 from detr_fast.models.backbone import Backbone, BasicBlock, ResNet
 from detr_fast.models.packed_resnet import PackedResNet, Workspace, Workspaces, folded
 from detr_fast.models.segmentation import DetrSegm
-from detr_fast.ops import PackedConv
 from detr_fast.optimize import optimizes
 from detr_fast.postprocess import PostProcess
 from detr_fast.predictor import Predictor
@@ -231,18 +230,19 @@ def test_memory_is_flat_over_a_thousand_calls_of_any_size() -> None:
     assert resident_bytes() - before < 4 << 20
 
 
-def test_maps_of_a_workspace_overlap_only_once_given_back() -> None:
-    packed, x, workspace = PackedConv.of(torch.zeros(8, 4, 1, 1)), torch.zeros(2, 4, 5, 7), Workspace()
-    workspace.reserve(3 * 2 * 8 * 35, x)
-    maps = [workspace.take(str(number), x, packed) for number in range(3)]
-    assert all(y is not None and y.shape == (2, 8, 5, 7) for y in maps)
-    for number, y in enumerate(maps):
-        y.fill_(number)
-    assert all((y == number).all() for number, y in enumerate(maps))
-    workspace.give("1")
-    again = workspace.take("again", x, packed)
-    assert again.data_ptr() == maps[1].data_ptr() and again.data_ptr() % 64 == 0
-    assert None in [workspace.take(f"more {number}", x, packed) for number in range(4)]  # not beyond its memory
+def test_maps_of_a_workspace_do_not_overlap() -> None:
+    workspace, shape, other = Workspace(), (2, 8, 5, 7), (2, 8, 3, 1)
+    workspace.reserve(2 * 576 + 100, torch.zeros(1))
+    first, second, between = workspace.take(0, shape), workspace.take(1, shape), workspace.between()
+    assert first.shape == second.shape == shape and first.is_contiguous(memory_format=torch.channels_last)
+    assert len(between) >= 100 and all(x.data_ptr() % 64 == 0 for x in (first, second, between))
+    for number, x in enumerate((first, second, between)):
+        x.fill_(number)
+    assert all((x == number).all() for number, x in enumerate((first, second, between)))
+    workspace.give(0)
+    assert workspace.between().data_ptr() == first.data_ptr()
+    assert workspace.take(0, other).data_ptr() == first.data_ptr() and len(workspace.between()) > 100 + 500
+    assert workspace.take(1, other).data_ptr() > second.data_ptr() and (first == 0).all()
 
 
 def test_an_error_gives_the_workspace_back() -> None:

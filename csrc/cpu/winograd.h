@@ -12,6 +12,10 @@
 extern "C" {
 #endif
 
+// Whether a 3x3 convolution of stride 1 that keeps the map's size takes less time so than by detr_fast_conv_cpu; false
+// for all others.
+bool detr_fast_winograd_is_faster(const struct detr_fast_conv* shape);
+
 // As detr_fast_conv_cpu, with the weight as detr_fast_conv_pack packs it. The bits of the result do not depend on the
 // number of threads. A number that is not finite spoils every output of the 4x4 that it is an input of.
 void detr_fast_winograd_cpu(const struct detr_fast_conv* shape, const float* x, const float* packed, const float* bias,

@@ -12,76 +12,63 @@ import torch
 from torch import Tensor, nn
 
 from detr_fast.models.backbone import BasicBlock, Bottleneck, FrozenBatchNorm2d, ResNet
-from detr_fast.ops import PackedConv, conv, conv_max_pool, pack_conv
+from detr_fast.ops import (
+    PackedBlock,
+    PackedBlocks,
+    PackedConv,
+    conv_blocks,
+    conv_blocks_memory,
+    conv_max_pool,
+    pack_conv,
+)
+from detr_fast.ops.conv_blocks.native import use_huge_pages
+
+_LINE = 32  # numbers that fill a line of the cache: 16 of float32, 32 of bfloat16
+
+
+def _count(shape: Sequence[int]) -> int:
+    """The numbers of a map, up to the end of a line."""
+    return -(-math.prod(shape) // _LINE) * _LINE
 
 
 class Workspace:
     """Memory for the maps of one call; the next one writes over it, at any size.
 
-    A large map that is allocated afresh costs more in page faults than many a convolution takes to fill it. Maps that
-    are not needed at the same time lie in the same place.
+    A large map that is allocated afresh costs more in page faults than many a convolution takes to fill it. There is
+    room for a map at either end, such as those before and after a block, and for others between.
     """
 
     def __init__(self) -> None:
         self._memory: Tensor | None = None
-        self._taken: dict[str, tuple[int, int]] = {}
+        self._taken = [0, 0]  # numbers at the two ends
 
     def reserve(self, size: int, x: Tensor) -> None:
         """Begin a call whose maps take ``size`` numbers of the kind of ``x`` at most at the same time."""
-        self._taken.clear()
+        self._taken = [0, 0]
         memory = self._memory
-        # Twice as many, because there may be gaps between them. The system gives no memory for what is never written.
-        if memory is None or len(memory) < 2 * size or memory.dtype != x.dtype or memory.device != x.device:
+        if memory is None or len(memory) < size or memory.dtype != x.dtype or memory.device != x.device:
             self._memory = None  # given back before more is taken
             # Inside torch.inference_mode it would be of no use to a call outside.
             with torch.inference_mode(False):
-                self._memory = torch.empty(2 * size, dtype=x.dtype, device=x.device)
+                self._memory = torch.empty(size // _LINE * _LINE + _LINE, dtype=x.dtype, device=x.device)
+            use_huge_pages(self._memory)
 
-    def take(self, name: str, x: Tensor, packed: PackedConv, pooled: bool = False) -> Tensor | None:
-        """Where ``conv(x, packed)`` may write its result [B, K, H', W'], which is called ``name``; None: no room.
+    def take(self, end: int, shape: Sequence[int]) -> Tensor:
+        """A map [B, K, H, W], channels last, at end 0 or 1, in place of the one that was there."""
+        assert self._memory is not None
+        batch, channels, rows, columns = shape
+        size = self._taken[end] = _count(shape)
+        memory = self._memory[:size] if end == 0 else self._memory[len(self._memory) - size :]
+        return memory[: math.prod(shape)].view(batch, rows, columns, channels).permute(0, 3, 1, 2)
 
-        ``pooled``: where ``conv_max_pool`` may.
-        """
-        batch, channels, rows, columns = shape_of_result(x.shape, packed, pooled)
-        size = batch * channels * rows * columns
-        place = self._first_gap(size)
-        if self._memory is None or place + size > len(self._memory):
-            return None
-        # A little room behind it: a quarter of a map of odd sides is a little more than a quarter.
-        self._taken[name] = (place, place + (size + size // 16 + _LINE - 1) // _LINE * _LINE)
-        return self._memory[place : place + size].view(batch, rows, columns, channels).permute(0, 3, 1, 2)
+    def give(self, end: int) -> None:
+        """Nobody reads the map at this end any more."""
+        self._taken[end] = 0
 
-    def give(self, name: str) -> None:
-        """Nobody reads the map called ``name`` any more."""
-        self._taken.pop(name, None)
-
-    def _first_gap(self, size: int) -> int:
-        place = 0
-        for start, end in sorted(self._taken.values()):
-            if place + size <= start:
-                break
-            place = end
-        return place
-
-
-_LINE = 32  # numbers that fill a line of the cache: 16 of float32, 32 of bfloat16
-
-
-def shape_of_result(shape: Sequence[int], packed: PackedConv, pooled: bool = False) -> tuple[int, int, int, int]:
-    """[B, K, H', W'] of the result for a map of this shape."""
-    rows, columns = packed.out_size(*shape[2:])
-    if pooled:
-        rows, columns = (rows + 1) // 2, (columns + 1) // 2
-    return shape[0], packed.shape[0], rows, columns
-
-
-def _room(workspace: Workspace | None, name: str, x: Tensor, packed: PackedConv, pooled: bool = False) -> Tensor | None:
-    return None if workspace is None else workspace.take(name, x, packed, pooled)
-
-
-def _give(workspace: Workspace | None, name: str) -> None:
-    if workspace is not None:
-        workspace.give(name)
+    def between(self) -> Tensor:
+        """The numbers that are not taken."""
+        assert self._memory is not None
+        return self._memory[self._taken[0] : len(self._memory) - self._taken[1]]
 
 
 class Workspaces:
@@ -109,47 +96,15 @@ class Workspaces:
         return Workspaces()
 
 
-class PackedBlock:
-    """The convolutions of a ``BasicBlock`` or ``Bottleneck``, one behind the other, and of its shortcut."""
-
-    def __init__(self, convs: list[PackedConv], shortcut: PackedConv | None) -> None:
-        self.convs, self.shortcut = convs, shortcut
-
-    @staticmethod
-    def of(block: nn.Module, dtype: torch.dtype) -> PackedBlock:
-        """With its norms folded."""
-        assert isinstance(block, (BasicBlock, Bottleneck))
-        pairs = [(block.conv1, block.bn1), (block.conv2, block.bn2)]
-        if isinstance(block, Bottleneck):
-            pairs.append((block.conv3, block.bn3))
-        downsample = block.downsample
-        shortcut = None if downsample is None else folded(downsample[0], downsample[1], dtype)
-        return PackedBlock([folded(conv, norm, dtype) for conv, norm in pairs], shortcut)
-
-    def __call__(self, x: Tensor, workspace: Workspace | None, name: str) -> Tensor:
-        """The block's map, called ``name``; without a shortcut convolution in the memory of ``x`` itself."""
-        y = x
-        for number, packed in enumerate(self.convs[:-1]):
-            y = conv(y, packed, relu=True, out=_room(workspace, f"inner{number}", y, packed))
-            _give(workspace, f"inner{number - 1}")
-        if self.shortcut is not None:
-            x = conv(x, self.shortcut, out=_room(workspace, name, x, self.shortcut))
-        y = conv(y, self.convs[-1], residual=x, relu=True, out=None if workspace is None else x)
-        _give(workspace, f"inner{len(self.convs) - 2}")
-        return y
-
-    def sizes(self, shape: Sequence[int]) -> tuple[int, Sequence[int]]:
-        """How many numbers the maps between have, and the shape of the block's map, for a map of this shape."""
-        inner = 0
-        for packed in self.convs:
-            shape = shape_of_result(shape, packed)
-            inner += math.prod(shape)
-        return inner - math.prod(shape), shape
-
-    def apply(self, fn: Callable[[Tensor], Tensor]) -> PackedBlock:
-        """With ``fn`` applied to every weight and bias."""
-        shortcut = None if self.shortcut is None else applied(fn, self.shortcut)
-        return PackedBlock([applied(fn, packed) for packed in self.convs], shortcut)
+def packed_block(block: nn.Module, dtype: torch.dtype) -> PackedBlock:
+    """A ``BasicBlock`` or ``Bottleneck`` with its norms folded."""
+    assert isinstance(block, (BasicBlock, Bottleneck))
+    pairs = [(block.conv1, block.bn1), (block.conv2, block.bn2)]
+    if isinstance(block, Bottleneck):
+        pairs.append((block.conv3, block.bn3))
+    downsample = block.downsample
+    shortcut = None if downsample is None else folded(downsample[0], downsample[1], dtype)
+    return PackedBlock(tuple(folded(conv, norm, dtype) for conv, norm in pairs), shortcut)
 
 
 class PackedResNet(nn.Module):
@@ -173,49 +128,67 @@ class PackedResNet(nn.Module):
         self.stage_channels = body.stage_channels
         self.stem = folded(body.conv1, body.bn1, dtype)
         stages = (body.layer1, body.layer2, body.layer3, body.layer4)
-        self.stages = [[PackedBlock.of(block, dtype) for block in stage] for stage in stages]
+        self.stages = [PackedBlocks([packed_block(block, dtype) for block in stage]) for stage in stages]
         self.workspaces = Workspaces()
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """[B, 3, H, W] to the maps of the four stages, or of the last, at 1/4 to 1/32 (dilated: 1/16) of the size."""
-        # The allocator of a GPU keeps memory by itself, and a compiler plans its own.
-        if images.device.type != "cpu" or torch.compiler.is_compiling() or type(images) is not Tensor:
-            return self._run(images, None)
-        with self.workspaces.one() as workspace:
-            return self._run(images, workspace)
-
-    def _run(self, images: Tensor, workspace: Workspace | None) -> list[Tensor]:
         x = images.to(self.dtype)
-        if workspace is not None:
-            workspace.reserve(self._most_at_once(x.shape), x)
-        name = "pooled"
-        x = conv_max_pool(x, self.stem, out=_room(workspace, name, x, self.stem, pooled=True))
+        size = self._most_at_once(x)
+        # Elsewhere the allocator keeps memory by itself, and a compiler plans its own.
+        if size is None:
+            maps = self._run(x, None)
+        else:
+            with self.workspaces.one() as workspace:
+                workspace.reserve(size, x)
+                maps = self._run(x, workspace)
+        return [y.to(images.dtype) for y in maps]
+
+    def _run(self, x: Tensor, workspace: Workspace | None) -> list[Tensor]:
+        if workspace is None:
+            x = conv_max_pool(x, self.stem)
+        else:
+            x = conv_max_pool(x, self.stem, out=workspace.take(0, self._pooled_shape(x.shape)))
         maps = []
-        for number, stage in enumerate(self.stages):
-            for block in stage:
-                before, name = name, name if block.shortcut is None else f"maps{number}"
-                x = block(x, workspace, name)
-                if before != name:
-                    _give(workspace, before)
-            if self.all_maps or stage is self.stages[-1]:
-                # A copy: the workspace's memory is for the next call.
-                maps.append(x.to(images.dtype, copy=True))
+        for number, stage in enumerate(self.stages, start=1):
+            is_kept = self._is_kept(stage)
+            if workspace is None:
+                x = conv_blocks(x, stage)
+            else:
+                # From one end to the other. What is returned lies elsewhere: the workspace is for the next call.
+                out = None if is_kept else workspace.take(number % 2, stage.shape_after(x.shape))
+                x = conv_blocks(x, stage, out=out, memory=workspace.between())
+                workspace.give((number - 1) % 2)
+            if is_kept:
+                maps.append(x)
         return maps
 
-    def _most_at_once(self, images: Sequence[int]) -> int:
-        """The numbers of the largest block: what it is given, what lies between, what it gives."""
-        shape: Sequence[int] = shape_of_result(images, self.stem, pooled=True)
-        most = 0
-        for block in (block for stage in self.stages for block in stage):
-            inner, after = block.sizes(shape)
-            most = max(most, math.prod(shape) + inner + math.prod(after))
-            shape = after
+    def _is_kept(self, stage: PackedBlocks) -> bool:
+        return self.all_maps or stage is self.stages[-1]
+
+    def _pooled_shape(self, images: Sequence[int]) -> list[int]:
+        rows, columns = self.stem.out_size(*images[2:])
+        return [images[0], self.stem.shape[0], (rows + 1) // 2, (columns + 1) // 2]
+
+    def _most_at_once(self, images: Tensor) -> int | None:
+        """Numbers of a workspace: a stage is given a map in it, writes maps between, and gives one; None for none."""
+        if images.ndim != 4:
+            return None  # the stem will say so
+        shape, most = self._pooled_shape(images.shape), 0
+        before = _count(shape)
+        for stage in self.stages:
+            between = conv_blocks_memory(images, shape, stage)
+            if between is None:
+                return None
+            shape = stage.shape_after(shape)
+            after = 0 if self._is_kept(stage) else _count(shape)
+            most, before = max(most, before + between + after), after
         return most
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedResNet:
         super()._apply(fn, recurse)
         self.stem = applied(fn, self.stem)
-        self.stages = [[block.apply(fn) for block in stage] for stage in self.stages]
+        self.stages = [stage.apply(lambda packed: applied(fn, packed)) for stage in self.stages]
         self.dtype = self.stem.dtype
         return self
 

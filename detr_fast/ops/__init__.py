@@ -21,6 +21,7 @@ from detr_fast.ops.boxes import (
     xyxy_to_cxcywh,
 )
 from detr_fast.ops.conv import PackedConv, conv, pack_conv
+from detr_fast.ops.conv_blocks import PackedBlock, PackedBlocks, conv_blocks, conv_blocks_memory
 from detr_fast.ops.conv_max_pool import conv_max_pool
 from detr_fast.ops.dropout import Dropout
 from detr_fast.ops.mask_argmax import Places, mask_argmax
@@ -45,6 +46,8 @@ __all__ = [
     "MatchedLosses",
     "Matching",
     "MatchingCost",
+    "PackedBlock",
+    "PackedBlocks",
     "PackedConv",
     "PackedTargets",
     "Places",
@@ -57,6 +60,8 @@ __all__ = [
     "attention_weights",
     "box_area",
     "conv",
+    "conv_blocks",
+    "conv_blocks_memory",
     "conv_max_pool",
     "cxcywh_to_xyxy",
     "elementwise_giou",

@@ -89,12 +89,7 @@ def fits_winograd(sizes: Sizes) -> bool:
 
 def fastest(sizes: Sizes) -> str:
     """The algorithm for a convolution of these sizes."""
-    # On two cores of AVX-512 gemm takes 2.1 to 2.9 times as long as winograd on layers of a ResNet-50 at 800x1066
-    # (2.9 to 3.5 with AVX2), 1.7 with 8 channels and 2.7 with 16 at 100x100, 1.8 with 512 channels at 15x20, and 1.1
-    # with 256 and 512 at 8x8. Below that winograd transforms the weight for little.
-    pixels = sizes.batch * sizes.out_height * sizes.out_width
-    pays = min(sizes.channels, sizes.out_channels) >= 8 and pixels >= 256
-    return "winograd" if pays and fits_winograd(sizes) else "gemm"
+    return "winograd" if _native.module().winograd_is_faster(sizes) else "gemm"
 
 
 def winograd_weight_gradient(sizes: Sizes, x: Tensor, grad: Tensor, scale: Tensor) -> Tensor:

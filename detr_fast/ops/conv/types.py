@@ -160,12 +160,12 @@ def check_out(out: Tensor | None, shape: list[int], x: Tensor, **read_with_it: T
         raise ValueError(f"out must be channels last (torch.channels_last), got strides {out.stride()}")
     if goes_through_dispatcher(x):
         return
-    if _overlap(x, out):
+    if share_memory(x, out):
         raise ValueError("out must not share memory with x")
     for name, tensor in read_with_it.items():
         if tensor is None or tensor is out:
             continue
-        if _overlap(tensor, out) and not _same_memory(tensor, out):
+        if share_memory(tensor, out) and not _same_memory(tensor, out):
             raise ValueError(f"out must be {name} itself or not share memory with it")
 
 
@@ -179,7 +179,7 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.stride() == b.stride()
 
 
-def _overlap(a: Tensor, b: Tensor) -> bool:
+def share_memory(a: Tensor, b: Tensor) -> bool:
     """Whether the memory from a tensor's first number to its last one overlaps another's."""
     (a_first, a_end), (b_first, b_end) = _span(a), _span(b)
     return a_first < b_end and b_first < a_end
