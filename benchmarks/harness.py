@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from detr_fast.bench.spread import ratio_to
+
 Check = Callable[[Any], None]
 
 # The first rounds fill caches and choose algorithms; they are measured only to choose the number of rounds. One is
@@ -60,7 +62,7 @@ class Timing:
         name: the contestant's.
         seconds: the duration of each round, in the order of the rounds.
         ratio: how many times faster than the first contestant, the median over rounds.
-        ratio_spread: the quartiles of that ratio.
+        ratio_spread: between which values that ratio lies in 95 % of runs like this one (detr_fast.bench.spread).
         peak_bytes: most memory of torch's allocator held at once during one call, over what was held before it.
         floor_share: what the machine needs at least (the longest floor of the contest), as a share of the median; None
             without a floor, and of a floor.
@@ -120,7 +122,8 @@ def compare(contest: Contest, *, seconds_each: float = 1.0, min_rounds: int = 5)
     Args:
         contest: who takes part.
         seconds_each: about how long the turns of each contestant take altogether, which are MOST_ROUNDS at most.
-        min_rounds: how often each runs at least, LONG_ROUNDS where that takes long; the order is drawn anew each round.
+        min_rounds: how often each runs at least, LONG_ROUNDS where that takes long, and never only once; the order
+            is drawn anew each round.
 
     Raises:
         WrongResult: a contestant's result did not pass the check; nothing was timed.
@@ -131,7 +134,7 @@ def compare(contest: Contest, *, seconds_each: float = 1.0, min_rounds: int = 5)
     turns = {name: Turn.of(median(seconds)) for name, seconds in warmup.items()}
     longest = REST + max(turns[name].calls * median(seconds) for name, seconds in warmup.items())
     least = min(min_rounds, LONG_ROUNDS) if longest > LONG_ROUND else min_rounds
-    rounds = max(least, min(MOST_ROUNDS, math.ceil(seconds_each / longest)))
+    rounds = max(2, least, min(MOST_ROUNDS, math.ceil(seconds_each / longest)))
     seconds = take_turns(contest, rounds, turns)
     baseline = seconds[contest.contestants[0].name]
     timings = [summarise(c.name, seconds[c.name], baseline, peak_memory(c.run, contest.device)) for c in contest.timed]
@@ -222,14 +225,12 @@ def nothing() -> None:
 
 def summarise(name: str, seconds: Sequence[float], baseline: Sequence[float], peak_bytes: int) -> Timing:
     """Timing of one contestant, with its ratio to ``baseline`` formed round by round."""
-    ratios = [theirs / ours for theirs, ours in zip(baseline, seconds, strict=True)]
-    return Timing(name, tuple(seconds), median(ratios), quartiles(ratios), peak_bytes)
+    ratio, ratio_spread = ratio_to(baseline, seconds)
+    return Timing(name, tuple(seconds), ratio, ratio_spread, peak_bytes)
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float]:
-    """First and third quartile; of a single value, twice that value."""
-    if len(values) < 2:
-        return values[0], values[0]
+    """First and third quartile of two values or more."""
     first, _, third = quantiles(values, n=4, method="inclusive")
     return first, third
 

@@ -14,9 +14,9 @@ Contests = Mapping[str, Sequence[Timing]]
 
 
 def table(timings: Sequence[Timing]) -> list[str]:
-    """One line a contestant: median, quartiles, ratio to the first with its quartiles, peak memory, share of floor."""
+    """A line each: median, quartiles, ratio to the first, where a rerun has it, peak memory, share of floor."""
     header = (
-        f"{'contestant':<24} {'median':>11} {'quartiles':>23} {'ratio':>8} {'quartiles':>17} "
+        f"{'contestant':<24} {'median':>11} {'quartiles':>23} {'ratio':>8} {'in a rerun':>17} "
         f"{'peak memory':>12} {'of floor':>8}"
     )
     if timings[0].kernels is not None:
@@ -71,7 +71,7 @@ def as_json(timing: Timing) -> dict[str, Any]:
         "median_seconds": timing.median,
         "quartiles_seconds": timing.spread,
         "ratio_to_first": timing.ratio,
-        "ratio_quartiles": timing.ratio_spread,
+        "ratio_spread": timing.ratio_spread,
         "peak_bytes": timing.peak_bytes,
         "floor_share": timing.floor_share,
         "kernels": timing.kernels,

@@ -26,7 +26,7 @@ OTHER_MARKERS = "sD^vP*X<>ph"
 
 
 def ratios(contests: Contests) -> str:
-    """A line for each contest: how many times faster than the first contestant everybody is, with quartiles."""
+    """A line for each contest: how many times faster than the first everybody is, and where reruns have it."""
     names = list(contests)
     styles = _styles(contests.values())
     figure, axes = _figure(height=max(1.0 + 0.34 * len(names), 0.4 + 0.24 * len(styles)))
@@ -36,8 +36,8 @@ def ratios(contests: Contests) -> str:
             continue
         places, rows = zip(*points, strict=True)
         middle = [row.ratio for row in rows]
-        lower = [max(0.0, row.ratio - row.ratio_quartiles[0]) for row in rows]
-        upper = [max(0.0, row.ratio_quartiles[1] - row.ratio) for row in rows]
+        lower = [max(0.0, row.ratio - row.ratio_spread[0]) for row in rows]
+        upper = [max(0.0, row.ratio_spread[1] - row.ratio) for row in rows]
         size = 7 if name in OURS else 4.5
         axes.errorbar(middle, places, xerr=(lower, upper), fmt=marker, color=color, markersize=size, label=name)
     axes.axvline(1, color="black", linewidth=0.8)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from detr_fast.bench.spread import ratio_to
+
 HEAD = ("cpu", "memory", "gpu", "system", "versions", "commit", "command")
 
 
@@ -17,7 +19,7 @@ class Row:
 
     Attributes:
         median, quartiles: duration of a call.
-        ratio, ratio_quartiles: how many times faster than the first contestant.
+        ratio, ratio_spread: how many times faster than the first contestant, and where ``bench.spread`` has a rerun's.
         peak_bytes: most memory of torch's allocator held at once.
         floor_share: what the machine needs at least, as a share of the median, where it was measured.
         kernels, host_waits: of a call on a GPU, where they were counted.
@@ -27,7 +29,7 @@ class Row:
     median: float
     quartiles: tuple[float, float]
     ratio: float
-    ratio_quartiles: tuple[float, float]
+    ratio_spread: tuple[float, float]
     peak_bytes: int
     floor_share: float | None = None
     kernels: int | None = None
@@ -89,7 +91,7 @@ def read_results(file: Path) -> Results | None:
             skipped=content.get("skipped", {}),
             elapsed_seconds=content.get("elapsed_seconds"),
         )
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} must be a results file of the benchmarks: {error!r}") from error
 
 
@@ -110,18 +112,18 @@ def read_all(files: Iterable[Path]) -> list[Results]:
 
 
 def _contests(content: dict[str, list[dict[str, Any]]]) -> Contests:
-    return {name: [_row(entry) for entry in entries] for name, entries in content.items()}
+    return {name: [_row(entry, entries[0]["seconds"]) for entry in entries] for name, entries in content.items()}
 
 
-def _row(entry: dict[str, Any]) -> Row:
+def _row(entry: dict[str, Any], baseline: list[float]) -> Row:
     low, high = entry["quartiles_seconds"]
-    ratio_low, ratio_high = entry["ratio_quartiles"]
+    _, ratio_spread = ratio_to(baseline, entry["seconds"])  # files of older releases have another spread
     return Row(
         entry["contestant"],
         entry["median_seconds"],
         (low, high),
         entry["ratio_to_first"],
-        (ratio_low, ratio_high),
+        ratio_spread,
         entry["peak_bytes"],
         entry.get("floor_share"),
         entry.get("kernels"),
