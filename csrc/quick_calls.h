@@ -20,7 +20,8 @@ PyObject* quick_matching(PyObject*, PyObject* const* arguments, Py_ssize_t count
 // (losses, metrics, logit_slope, l1_slope, giou_slope, query_of_target, num_nonfinite)
 PyObject* quick_criterion(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 
-// (upstream, logit_slope, l1_slope, giou_slope) -> True: logit_slope and l1_slope are the gradients now
+// (upstream, logit_slope, l1_slope, giou_slope) -> True: logit_slope and l1_slope are the gradients now. upstream is
+// one tensor, or a tuple of single numbers in its order, None being zero.
 PyObject* quick_backward(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 
 // A dict of all of them; null with a Python exception set. Arguments as of set_torch.

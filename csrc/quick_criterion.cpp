@@ -1,6 +1,8 @@
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <exception>
+#include <functional>
 #include <new>
 #include <numeric>
 #include <vector>
@@ -222,15 +224,56 @@ PyObject* criterion(PyObject* const* arguments) {
     return results.to_python();
 }
 
-PyObject* backward(PyObject* const* arguments) {
-    TensorView upstream, slopes[3];
-    bool usual = view_of(arguments[0], upstream) && upstream.dimensions == 2 && upstream.shape[0] == 3;
-    for (int i = 0; usual && i < 3; ++i) {
-        TensorView& slope = slopes[i];
-        usual = view_of(arguments[1 + i], slope) && slope.dimensions == 4 && is_contiguous(slope) &&
-                slope.is_float(upstream.dtype_bits) && slope.shape[0] == upstream.shape[1];
+// The gradients of 3L losses: one tensor, or a tuple with a tensor of one number for each, None being zero.
+class Upstream {
+  public:
+    bool read(PyObject* object, int64_t count, int bits) {
+        if (!PyTuple_CheckExact(object)) {
+            TensorView all;
+            data_ = view_of(object, all) && is_contiguous(all) && all.is_float(bits) && size(all) == count ? all.data
+                                                                                                           : nullptr;
+            return data_ != nullptr;
+        }
+        const Items numbers(object);
+        if (numbers.count != count) return false;
+        const size_t bytes = static_cast<size_t>(bits) / 8;
+        copy_.resize(static_cast<size_t>(count) * bytes);
+        for (Py_ssize_t i = 0; i < numbers.count; ++i) {
+            if (numbers.items[i] == Py_None) continue;
+            TensorView number;
+            if (!view_of(numbers.items[i], number) || !number.is_float(bits) || size(number) != 1) return false;
+            std::memcpy(copy_.data() + static_cast<size_t>(i) * bytes, number.data, bytes);
+        }
+        data_ = copy_.data();
+        return true;
     }
-    if (!usual || !is_contiguous(upstream) || !(upstream.is_float(32) || upstream.is_float(64))) Py_RETURN_NONE;
+
+    const void* data() const { return data_; }
+
+  private:
+    static int64_t size(const TensorView& view) {
+        return std::accumulate(view.shape, view.shape + view.dimensions, int64_t{1}, std::multiplies<>());
+    }
+
+    std::vector<unsigned char> copy_;
+    const void* data_ = nullptr;
+};
+
+PyObject* backward(PyObject* const* arguments) {
+    TensorView slopes[3];
+    for (int i = 0; i < 3; ++i) {
+        TensorView& slope = slopes[i];
+        if (!view_of(arguments[1 + i], slope) || slope.dimensions != 4 || !is_contiguous(slope) ||
+            !slope.is_float(slopes[0].dtype_bits) || slope.shape[0] != slopes[0].shape[0]) {
+            Py_RETURN_NONE;
+        }
+    }
+    const bool is_double = slopes[0].is_float(64);
+    const int64_t layers = slopes[0].shape[0];
+    Upstream upstream;
+    if (!(is_double || slopes[0].is_float(32)) || !upstream.read(arguments[0], 3 * layers, slopes[0].dtype_bits)) {
+        Py_RETURN_NONE;
+    }
     const int threads = num_threads();
     if (threads < 0) return nullptr;
     const auto elements = [](const TensorView& v) { return v.shape[1] * v.shape[2] * v.shape[3]; };
@@ -239,8 +282,8 @@ PyObject* backward(PyObject* const* arguments) {
     {
         const ReleasedGil released(true);
         const detr_fast_set_losses saved{nullptr, nullptr, slopes[0].data, slopes[1].data, slopes[2].data};
-        detr_fast_set_loss_backward_cpu(upstream.is_float(64), of_layer, upstream.shape[1], upstream.data, &saved,
-                                        slopes[0].data, slopes[1].data, threads);
+        detr_fast_set_loss_backward_cpu(is_double, of_layer, layers, upstream.data(), &saved, slopes[0].data,
+                                        slopes[1].data, threads);
     }
     Py_RETURN_TRUE;
 }

@@ -16,7 +16,6 @@ from detr_fast.mask_losses import mask_losses
 from detr_fast.matcher import HungarianMatcher
 from detr_fast.ops import CrossEntropy, PackedTargets
 from detr_fast.ops.boxes import cxcywh_to_xyxy, elementwise_giou
-from detr_fast.ops.matching_cost.types import check_matching_inputs
 from detr_fast.ops.set_criterion.api import stacked_results
 from detr_fast.ops.set_loss.api import stacked_losses
 from detr_fast.targets import check_and_pack, pack
@@ -130,7 +129,9 @@ class SetCriterion(nn.Module):
         if not names:
             raise ValueError(f"losses must have one of {list(weight_of)} (weight_dict), got {list(losses)}")
         values, numbers = getattr(losses, "at_once", None) or (None, {})
-        as_computed = all(losses.get(name) is number and name in weight_of for name, number in numbers.items())
+        as_computed = all(
+            _is_as_made(number) and losses.get(name) is number and name in weight_of for name, number in numbers.items()
+        )
         if values is not None and as_computed and len(names) == len(numbers):
             names = list(numbers)
         else:
@@ -255,16 +256,16 @@ class SetCriterion(nn.Module):
             raise ValueError(f"pred_logits must be {expected}, got {list(logits[0].shape)} on {logits[0].device}")
         matcher, class_loss = cast(HungarianMatcher, self.matcher), CrossEntropy(weight=weight)
         if _keeps(matcher, HungarianMatcher, "match_packed"):
-            check_matching_inputs(logits, boxes, packed, None)
-            losses, metrics, queries, num_nonfinite = stacked_results(
-                logits, boxes, packed, matcher.cost_weights, class_loss, num_boxes
+            losses, metrics, queries, num_nonfinite, *numbers = stacked_results(
+                logits, boxes, packed, matcher.cost_weights, class_loss, num_boxes, singly=True
             )
             matcher.check_costs(num_nonfinite, logits, boxes, packed)
         else:
             queries = matcher.match_packed(logits, boxes, packed)
-            losses, metrics = stacked_losses(logits, boxes, packed, queries, class_loss, num_boxes)
-        losses = losses.flatten()
-        return queries, losses, (*losses.unbind(), *metrics.flatten().unbind())  # one node for autograd
+            losses, metrics, *numbers = stacked_losses(
+                logits, boxes, packed, queries, class_loss, num_boxes, singly=True
+            )
+        return queries, losses, (*numbers, *metrics.flatten().unbind())
 
     def _layer_losses(
         self,
@@ -299,6 +300,11 @@ class SetCriterion(nn.Module):
         if world_size() == 1:
             return torch.full((), max(count, 1), dtype=torch.float32, device=device)
         return mean_over_processes(torch.full((), count, dtype=torch.float32, device=device)).clamp(min=1)
+
+
+def _is_as_made(number: Tensor) -> bool:
+    """Whether nobody has changed it in place; of inference mode's, which autograd never sees, that does not matter."""
+    return number.is_inference() or number._version == 0
 
 
 def _keeps(module: nn.Module, parent: type[nn.Module], *methods: str) -> bool:

@@ -167,6 +167,40 @@ def test_total_and_its_gradient_when_every_loss_has_a_weight(change: bool) -> No
     torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_losses_may_be_scaled_in_place(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native:
+        monkeypatch.setattr(_native, "load", lambda: _native.Native(None, "the native module was not built"))
+    outputs, targets = outputs_of_layers(), random_targets([3, 2])
+    inputs = [layer[key] for layer in (outputs, *outputs["aux_outputs"]) for key in ("pred_logits", "pred_boxes")]
+    weights = {f"{name}{suffix}": 0.5 for name in ("loss_ce", "loss_bbox", "loss_giou") for suffix in ("", "_0", "_1")}
+    criterion = SetCriterion(5, HungarianMatcher(1, 5, 2), weights, 0.1, ["labels", "boxes", "cardinality"])
+    plain = criterion(outputs, targets)
+    expected = torch.autograd.grad(sum((place + 1) * plain[name] for place, name in enumerate(weights)), inputs)
+    losses = criterion(outputs, targets)
+    before = {name: loss.detach().clone() for name, loss in losses.items()}
+    for place, name in enumerate(weights):
+        losses[name] *= 2 * (place + 1)
+    for place, name in enumerate(weights):  # each has memory of its own
+        torch.testing.assert_close(losses[name].detach(), 2 * (place + 1) * before[name], rtol=0, atol=0)
+    found = torch.autograd.grad(criterion.total(losses), inputs)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("chosen", [["loss_giou_1"], ["loss_ce", "loss_bbox_0"]])
+def test_the_gradient_of_some_losses_alone_and_together_with_all(chosen: list[str]) -> None:
+    outputs, targets = outputs_of_layers(), random_targets([3, 2])
+    inputs = [layer[key] for layer in (outputs, *outputs["aux_outputs"]) for key in ("pred_logits", "pred_boxes")]
+    names = [f"{name}{suffix}" for name in ("loss_ce", "loss_bbox", "loss_giou") for suffix in ("", "_0", "_1")]
+    by_layer = SetCriterion(5, MatchesAsTheOriginal(1, 5, 2), dict.fromkeys(names, 1.0), 0.1, ["labels", "boxes"])
+    at_once = SetCriterion(5, HungarianMatcher(1, 5, 2), dict.fromkeys(names, 1.0), 0.1, ["labels", "boxes"])
+    (found, expected) = (c(outputs, targets) for c in (at_once, by_layer))
+    for total in (lambda c, x: 0, lambda c, x: c.total(x)):
+        sums = [sum(3 * x[name] for name in chosen) + total(c, x) for c, x in ((at_once, found), (by_layer, expected))]
+        ours, theirs = (torch.autograd.grad(x, inputs, retain_graph=True, materialize_grads=True) for x in sums)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
 def test_total_of_losses_without_a_weight_is_refused() -> None:
     with pytest.raises(ValueError, match=r"losses must have one of \['loss_ce'\] \(weight_dict\), got \['loss_x'\]"):
         SetCriterion(5, HungarianMatcher(), {"loss_ce": 1.0}, 0.1, ["labels"]).total({"loss_x": torch.ones(())})
@@ -301,7 +335,7 @@ class MatchesAlone(HungarianMatcher):
 
 def test_matching_and_losses_are_one_op_unless_the_matcher_has_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
     calls, run = [], criterion_module.stacked_results
-    monkeypatch.setattr(criterion_module, "stacked_results", lambda *a: (calls.append(a), run(*a))[1])
+    monkeypatch.setattr(criterion_module, "stacked_results", lambda *a, **o: (calls.append(a), run(*a, **o))[1])
     outputs, targets, criterion = random_outputs(2), random_targets([4, 3]), small_criterion()
     expected = criterion(outputs, targets)
     assert len(calls) == 1

@@ -107,15 +107,31 @@ def test_so_are_unusual_weights_and_numbers() -> None:
     for other in (torch.rand(2), torch.tensor(3), 3.7):
         assert quick.criterion(*case, DETR, weight, other, True) is None
     losses, _, *slopes, _, _ = quick.criterion(*case, DETR, weight, number, True)
+    numbers = losses.flatten().unbind()
     for arguments in (
         (losses[:2], *slopes),
         (losses.double(), *slopes),
         (losses[:, :5], *slopes),
         (losses.t(), *slopes),
+        (numbers[1:], *slopes),
+        ((*numbers[1:], losses[0]), *slopes),
+        ((*numbers[1:], numbers[0].double()), *slopes),
+        ((*numbers[1:], 1.0), *slopes),
     ):
         assert quick.backward(*arguments) is None
     assert quick.backward(losses, slopes[0], slopes[1], slopes[2][..., :3].contiguous()) is None
     assert quick.backward(losses, *slopes) is True
+
+
+def test_gradients_of_single_losses_are_as_those_of_all() -> None:
+    case, number, weight = make_case(REAL), torch.tensor(3.7), torch.rand(92)
+    losses, _, *slopes, _, _ = quick.criterion(*case, DETR, weight, number, True)
+    upstream = torch.rand_like(losses)
+    upstream[1, 2] = upstream[0, 0] = 0
+    numbers = [None if place in (0, 6 + 2) else x for place, x in enumerate(upstream.flatten().unbind())]
+    expected = [x.clone() for x in slopes]
+    assert quick.backward(upstream, *expected) and quick.backward(tuple(numbers), *slopes)
+    assert torch.equal(slopes[0], expected[0]) and torch.equal(slopes[1], expected[1])
 
 
 def test_without_gradients_none_are_computed() -> None:

@@ -16,6 +16,7 @@ from detr_fast.ops.matching_cost.types import CostWeights, PackedTargets, check_
 from detr_fast.ops.set_criterion.native import set_criterion_native
 from detr_fast.ops.set_criterion.reference import set_criterion_composed
 from detr_fast.ops.set_loss import schema
+from detr_fast.ops.set_loss.api import in_singles
 from detr_fast.ops.set_loss.gradient import with_gradients
 from detr_fast.ops.set_loss.native import set_loss_backward_native, why_not
 from detr_fast.ops.set_loss.types import ClassLoss, CrossEntropy, SetLosses, check_loss_options
@@ -100,23 +101,32 @@ def stacked_results(
     num_boxes: Tensor | float,
     extra_cost: list[Tensor] | None = None,
     backend: str | None = None,
+    *,
+    singly: bool = False,
 ) -> tuple[Tensor, ...]:
-    """As ``set_criterion``, unchecked: losses [3, L] and metrics [2, L] in SetLosses' order, then Matching's."""
+    """As ``set_criterion``: losses [3, L] and metrics [2, L] in SetLosses' order, then Matching's.
+
+    ``class_loss`` and ``num_boxes`` are not checked. ``singly``: the losses [3L], and at the end each of them as a
+    tensor of its own.
+    """
     if not isinstance(num_boxes, Tensor):
         num_boxes = torch.full((), num_boxes, dtype=torch.float32, device=logits[0].device)
     inputs = (targets, weights, extra_cost, class_loss, num_boxes)
     name = name_of_chosen(backend, logits[0])
     if name != "native":
-        return OP.choose(name, logits[0]).run(logits, boxes, *inputs)  # type: ignore[no-any-return]
+        return OP.choose(name, logits[0]).run(logits, boxes, *inputs, singly=singly)  # type: ignore[no-any-return]
     if goes_through_dispatcher(logits[0]):
+        check_matching_inputs(logits, boxes, targets, extra_cost)
         with_slopes = torch.is_grad_enabled() and any(x.requires_grad for x in (*logits, *boxes))
         found = torch.ops.detr_fast.set_criterion(*as_schema(logits, boxes, *inputs), with_slopes)
-        return *found[:2], *found[5:]
+        results = (*found[:2], *found[5:])
+        return in_singles(*results) if singly else results
     return with_gradients(
         lambda x, y, with_slopes: set_criterion_native(x, y, *inputs, with_slopes),
         set_loss_backward_native,
         logits,
         boxes,
+        singly=singly,
     )
 
 

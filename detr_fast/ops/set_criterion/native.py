@@ -9,7 +9,7 @@ from torch import Tensor
 
 from detr_fast.ops import _native
 from detr_fast.ops.matching_cost.native import NativeArguments
-from detr_fast.ops.matching_cost.types import CostWeights, PackedTargets
+from detr_fast.ops.matching_cost.types import CostWeights, PackedTargets, check_matching_inputs
 from detr_fast.ops.set_loss.native import LossResults
 from detr_fast.ops.set_loss.types import ClassLoss, CrossEntropy
 
@@ -33,6 +33,7 @@ def set_criterion_native(
         found = quick.criterion(logits, boxes, targets, weights, weight, num_boxes, with_slopes)
         if found is not None:
             return found  # type: ignore[no-any-return]
+    check_matching_inputs(logits, boxes, targets, extra_cost)  # as the quick call does
     arguments = NativeArguments(logits, boxes, targets, weights, extra_cost)
     results = LossResults(arguments, class_loss, num_boxes, with_slopes)
     layers, batch, _, _ = arguments.sizes

@@ -22,11 +22,15 @@ def set_criterion_composed(
     class_loss: ClassLoss,
     num_boxes: Tensor,
     backend: str | None = None,
+    *,
+    singly: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Losses [3, L], metrics [2, L], ``query_of_target`` and ``num_nonfinite``, by ``backend`` of both ops."""
+    """Losses, metrics, ``query_of_target``, ``num_nonfinite``, and single losses, by ``backend`` of both ops."""
     with torch.no_grad():
         query_of_target, num_nonfinite = matching(
             logits, boxes, targets, weights, extra_cost=extra_cost, backend=backend
         )
-    losses, metrics = stacked_losses(logits, boxes, targets, query_of_target, class_loss, num_boxes, backend)
-    return losses, metrics, query_of_target, num_nonfinite
+    losses, metrics, *singles = stacked_losses(
+        logits, boxes, targets, query_of_target, class_loss, num_boxes, backend, singly=singly
+    )
+    return losses, metrics, query_of_target, num_nonfinite, *singles

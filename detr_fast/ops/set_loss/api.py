@@ -30,7 +30,7 @@ def _run_triton(*arguments: Any) -> tuple[Tensor, ...]:
     return set_loss_triton(*arguments)
 
 
-def _run_backward_triton(upstream: Tensor, *slopes: Tensor, owned: bool = False) -> tuple[Tensor, Tensor]:
+def _run_backward_triton(upstream: Any, *slopes: Tensor, owned: bool = False) -> tuple[Tensor, Tensor]:
     from detr_fast.ops.set_loss.triton_impl import set_loss_backward_triton  # likewise
 
     return set_loss_backward_triton(upstream, *slopes)
@@ -105,20 +105,34 @@ def stacked_losses(
     class_loss: ClassLoss,
     num_boxes: Tensor | float,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """As ``set_loss``, unchecked: the losses [3, L] and the metrics [2, L], in the order of SetLosses."""
+    *,
+    singly: bool = False,
+) -> tuple[Tensor, ...]:
+    """As ``set_loss``, unchecked: the losses [3, L] and the metrics [2, L], in the order of SetLosses.
+
+    ``singly``: the losses [3L], the metrics, and each of the losses as a tensor of its own.
+    """
     if not isinstance(num_boxes, Tensor):
         num_boxes = torch.full((), num_boxes, dtype=torch.float32, device=logits[0].device)
     inputs = (targets, query_of_target, class_loss, num_boxes)
     name = name_of_chosen(backend, logits[0])
     if name == "reference":
-        return set_loss_reference(logits, boxes, *inputs)
+        losses, metrics = set_loss_reference(logits, boxes, *inputs)
+        return in_singles(losses, metrics) if singly else (losses, metrics)
     if goes_through_dispatcher(logits[0]):
         with_slopes = torch.is_grad_enabled() and any(x.requires_grad for x in (*logits, *boxes))
         results = torch.ops.detr_fast.set_loss(*as_schema(logits, boxes, *inputs), with_slopes, backend)
-        return results[0], results[1]
+        return in_singles(results[0], results[1]) if singly else (results[0], results[1])
     run = OP.choose(backend, logits[0]).run
-    return with_gradients(lambda x, y, with_slopes: run(x, y, *inputs, with_slopes), BACKWARD[name], logits, boxes)  # type: ignore[return-value]
+    return with_gradients(
+        lambda x, y, with_slopes: run(x, y, *inputs, with_slopes), BACKWARD[name], logits, boxes, singly=singly
+    )
+
+
+def in_singles(losses: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """What is given, the losses flat, and each of them as a tensor of its own."""
+    flat = losses.flatten()
+    return flat, *others, *[x.clone() for x in flat.unbind()]
 
 
 torch.library.define(

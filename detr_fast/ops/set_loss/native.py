@@ -10,6 +10,7 @@ from torch import Tensor
 from detr_fast.ops import _native
 from detr_fast.ops.matching_cost.native import NativeArguments
 from detr_fast.ops.matching_cost.types import CostWeights, PackedTargets
+from detr_fast.ops.set_loss.gradient import stacked
 from detr_fast.ops.set_loss.types import ClassLoss, CrossEntropy, Focal, result_sizes
 
 NO_COST = CostWeights(0.0, 0.0, 0.0)
@@ -68,13 +69,17 @@ class LossResults:
 
 
 def set_loss_backward_native(
-    upstream: Tensor, logit_slope: Tensor, l1_slope: Tensor, giou_slope: Tensor, owned: bool = False
+    upstream: Tensor | Sequence[Tensor | None],
+    logit_slope: Tensor,
+    l1_slope: Tensor,
+    giou_slope: Tensor,
+    owned: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of logits and boxes. Of slopes that nobody else will ask for (``owned``) they take the place."""
     native = _native.load()
     if owned and native.quick is not None and native.quick.backward(upstream, logit_slope, l1_slope, giou_slope):
         return logit_slope, l1_slope
-    upstream = upstream.contiguous()
+    upstream = stacked(upstream)
     logit_gradient, box_gradient = (x if owned else torch.empty_like(x) for x in (logit_slope, l1_slope))
     _native.module().set_loss_backward_cpu(
         upstream.dtype == torch.float64,

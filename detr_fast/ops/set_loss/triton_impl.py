@@ -27,6 +27,7 @@ from detr_fast.ops.matching_cost.triton_impl import (
 )
 from detr_fast.ops.matching_cost.triton_words import as_words, distances, pick
 from detr_fast.ops.matching_cost.types import PackedTargets
+from detr_fast.ops.set_loss.gradient import stacked
 from detr_fast.ops.set_loss.triton_losses import pair_losses, sigmoid_losses, sign, store_slopes, weights_of_layer
 from detr_fast.ops.set_loss.types import ClassLoss, CrossEntropy, Focal, Varifocal, result_sizes
 
@@ -317,15 +318,15 @@ def fwd_constants(class_loss: ClassLoss, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def set_loss_backward_triton(
-    upstream: Tensor, logit_slope: Tensor, l1_slope: Tensor, giou_slope: Tensor
+    upstream: Tensor | Sequence[Tensor | None], logit_slope: Tensor, l1_slope: Tensor, giou_slope: Tensor
 ) -> tuple[Tensor, Tensor]:
     logit_gradient, box_gradient = torch.empty_like(logit_slope), torch.empty_like(l1_slope)
     layers, logits_of_layer, boxes_of_layer = len(logit_slope), logit_slope[0].numel(), l1_slope[0].numel()
     blocks = triton.cdiv(logits_of_layer, BLOCK_BACKWARD) + triton.cdiv(boxes_of_layer, BLOCK_BACKWARD)
     if blocks > 0:
-        with on_device(upstream.device):
+        with on_device(logit_slope.device):
             set_loss_bwd_kernel[(layers * blocks,)](
-                upstream.contiguous(),
+                stacked(upstream),
                 *(logit_slope, l1_slope, giou_slope, logit_gradient, box_gradient),
                 *(layers, logits_of_layer, boxes_of_layer),
                 BLOCK=BLOCK_BACKWARD,
