@@ -60,4 +60,4 @@ def timings_of_parts(
 def _timings(part: str, clocks: Mapping[str, Clock]) -> list[Timing]:
     seconds = {name: [call[part] for call in clock.calls] for name, clock in clocks.items()}
     baseline = next(iter(seconds.values()))
-    return [summarise(name, found, baseline, peak_bytes=0) for name, found in seconds.items()]
+    return [summarise(name, found, baseline, peak_bytes=None) for name, found in seconds.items()]

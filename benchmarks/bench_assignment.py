@@ -142,9 +142,9 @@ def peer_contestant(peer: Peer, problems: Problems, cost: np.ndarray) -> Contest
     """The solver of another package on these problems; of a single one, its call for one."""
     if len(problems.counts) == 1:
         one, matrix = peer.solve_one(), cost[0]
-        return Contestant(peer.name, lambda: [one(matrix)])
+        return Contestant(peer.name, lambda: [one(matrix)], counts_memory=False)
     solve = peer.solve_batch(problems.equal_sizes)
-    return Contestant(peer.name, lambda: solve(cost, problems.counts))
+    return Contestant(peer.name, lambda: solve(cost, problems.counts), counts_memory=False)
 
 
 def our_call(backend: str, problems: Problems, cost: Tensor) -> Callable[[], Tensor]:

@@ -8,6 +8,7 @@ turn by turn before its median is taken.
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import math
 import random
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 
 from detr_fast.bench.spread import ratio_to
+from detr_fast.ops import _native
 
 Check = Callable[[Any], None]
 
@@ -48,10 +50,24 @@ class WrongResult(AssertionError):
 
 @dataclass(frozen=True)
 class Contestant:
-    """One way to compute the result: a name and a call without arguments."""
+    """One way to compute the result: a name and a call without arguments.
+
+    Attributes:
+        fresh: makes a call that shares no working memory with calls before, where those keep tensors to work in for the
+            next; peak memory is that of its first use.
+        counts_memory: whether ``peak_memory`` sees it; not that of a program that asks the system itself.
+    """
 
     name: str
     run: Callable[[], Any]
+    fresh: Callable[[], Callable[[], Any]] | None = None
+    counts_memory: bool = True
+
+    def peak_memory(self, device: str) -> int | None:
+        """Most bytes held at once during a call; None where they cannot be counted."""
+        if not self.counts_memory:
+            return None
+        return peak_memory(self.run if self.fresh is None else self.fresh(), device)
 
 
 @dataclass(frozen=True)
@@ -63,7 +79,7 @@ class Timing:
         seconds: the duration of each round, in the order of the rounds.
         ratio: how many times faster than the first contestant, the median over rounds.
         ratio_spread: between which values that ratio lies in 95 % of runs like this one (detr_fast.bench.spread).
-        peak_bytes: most memory of torch's allocator held at once during one call, over what was held before it.
+        peak_bytes: most memory held at once during one call, as ``peak_memory`` counts it; None where it cannot.
         floor_share: what the machine needs at least (the longest floor of the contest), as a share of the median; None
             without a floor, and of a floor.
         kernels: how many kernels a call launches; None on the CPU.
@@ -74,7 +90,7 @@ class Timing:
     seconds: tuple[float, ...]
     ratio: float
     ratio_spread: tuple[float, float]
-    peak_bytes: int
+    peak_bytes: int | None
     floor_share: float | None = None
     kernels: int | None = None
     host_waits: int | None = None
@@ -137,7 +153,7 @@ def compare(contest: Contest, *, seconds_each: float = 1.0, min_rounds: int = 5)
     rounds = max(2, least, min(MOST_ROUNDS, math.ceil(seconds_each / longest)))
     seconds = take_turns(contest, rounds, turns)
     baseline = seconds[contest.contestants[0].name]
-    timings = [summarise(c.name, seconds[c.name], baseline, peak_memory(c.run, contest.device)) for c in contest.timed]
+    timings = [summarise(c.name, seconds[c.name], baseline, c.peak_memory(contest.device)) for c in contest.timed]
     if torch.device(contest.device).type == "cuda":
         counts = [device_calls(c.run) for c in contest.timed]
         timings = [replace(t, kernels=k, host_waits=w) for t, (k, w) in zip(timings, counts, strict=True)]
@@ -223,7 +239,7 @@ def nothing() -> None:
     """The CPU has finished when the call returns."""
 
 
-def summarise(name: str, seconds: Sequence[float], baseline: Sequence[float], peak_bytes: int) -> Timing:
+def summarise(name: str, seconds: Sequence[float], baseline: Sequence[float], peak_bytes: int | None) -> Timing:
     """Timing of one contestant, with its ratio to ``baseline`` formed round by round."""
     ratio, ratio_spread = ratio_to(baseline, seconds)
     return Timing(name, tuple(seconds), ratio, ratio_spread, peak_bytes)
@@ -236,9 +252,11 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
 
 
 def peak_memory(run: Callable[[], Any], device: torch.device | str = "cpu") -> int:
-    """Most bytes of torch's allocator held at once during ``run()``, over what was held before.
+    """Most bytes held at once during ``run()``, over what was held before.
 
-    Memory that NumPy, SciPy or native code takes for itself is not in it.
+    Those of torch's allocator, and on the CPU those that the native module takes for itself, in which what its threads
+    keep for the next call counts as taken by every call; the two peaks are added, though the one may come after the
+    other. Memory that NumPy, SciPy and other packages take is not in it.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
@@ -247,13 +265,13 @@ def peak_memory(run: Callable[[], Any], device: torch.device | str = "cpu") -> i
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    native = _native.load().module
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        if native is not None:
+            native.start_counting_memory()
         run()
-    held = peak = 0
-    for change in allocations(trace_events(profile)):
-        held += change
-        peak = max(peak, held)
-    return peak
+        peak = 0 if native is None else native.stop_counting_memory()
+    return peak + max(itertools.accumulate(allocations(trace_events(profile)), initial=0))
 
 
 def allocations(events: Sequence[dict[str, Any]]) -> list[int]:

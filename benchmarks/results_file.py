@@ -29,10 +29,11 @@ def row(timing: Timing) -> str:
     low, high = (1e3 * value for value in timing.spread)
     ratio_low, ratio_high = timing.ratio_spread
     share = "" if timing.floor_share is None else f"{100 * timing.floor_share:.0f} %"
+    memory = "not counted" if timing.peak_bytes is None else f"{timing.peak_bytes / 2**20:.1f} MiB"
     counts = "" if timing.kernels is None else f" {timing.kernels:>8} {timing.host_waits:>6}"
     return (
         f"{timing.name:<24} {1e3 * timing.median:>8.4g} ms {low:>9.4g} - {high:>8.4g} ms {timing.ratio:>7.2f}x "
-        f"{ratio_low:>7.2f} - {ratio_high:>6.2f}x {timing.peak_bytes / 2**20:>8.1f} MiB {share:>8}{counts}"
+        f"{ratio_low:>7.2f} - {ratio_high:>6.2f}x {memory:>12} {share:>8}{counts}"
     )
 
 

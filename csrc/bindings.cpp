@@ -17,6 +17,7 @@
 #include "cpu/mask_argmax.h"
 #include "cpu/mask_loss.h"
 #include "cpu/mask_threshold.h"
+#include "cpu/memory_use.h"
 #include "cpu/relu_dropout.h"
 #include "cpu/widths.h"
 #include "quick_calls.h"
@@ -191,6 +192,8 @@ PYBIND11_MODULE(_C, m) {
     m.attr("compiler") = DETR_FAST_COMPILER;
     m.def("vector_bytes", &detr_fast::vector_bytes);
     m.def("limit_vector_bytes", &detr_fast::limit_vector_bytes);
+    m.def("start_counting_memory", &detr_fast::MemoryUse::start);
+    m.def("stop_counting_memory", &detr_fast::MemoryUse::stop);
     py::class_<AddLayerNormInputs>(m, "AddLayerNormInputs")
         .def(py::init<const Pair&, const Rows&, const Rows&, uintptr_t, uintptr_t, int64_t, double, bool>());
     m.def("add_layer_norm_cpu", &add_layer_norm_cpu);

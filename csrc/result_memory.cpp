@@ -5,6 +5,8 @@
 #include <new>
 #include <utility>
 
+#include "cpu/memory_use.h"
+
 namespace detr_fast {
 
 namespace {
@@ -57,9 +59,7 @@ class KeptPieces {
     size_t next_ = 0;
 };
 
-}  // namespace
-
-Piece take_memory(size_t bytes) {
+Piece take_piece(size_t bytes) {
     if (bytes >= smallest_kept) {
         const Piece kept = KeptPieces::instance().take(bytes);
         if (kept.memory != nullptr) return kept;
@@ -67,7 +67,16 @@ Piece take_memory(size_t bytes) {
     return {::operator new(bytes, alignment), bytes};
 }
 
+}  // namespace
+
+Piece take_memory(size_t bytes) {
+    const Piece piece = take_piece(bytes);
+    MemoryUse::add(static_cast<int64_t>(piece.bytes));
+    return piece;
+}
+
 void give_back_memory(Piece piece) {
+    MemoryUse::add(-static_cast<int64_t>(piece.bytes));
     const bool worth_keeping = piece.bytes >= smallest_kept && piece.bytes <= largest_kept;
     release(worth_keeping ? KeptPieces::instance().keep(piece) : piece);
 }

@@ -94,6 +94,61 @@ def test_peak_memory_counts_what_is_held_at_once():
     assert harness.peak_memory(lambda: torch.stack([x + 1, x + 2])) == pytest.approx(4 * 2**20, rel=0.01)
 
 
+def test_peak_memory_counts_what_the_native_module_takes():
+    pytest.importorskip("detr_fast._C", reason="needs the native module")
+    from detr_fast.ops import assignment, attention
+    from detr_fast.ops.attention import TokenOffsets
+
+    cost = torch.rand(1, 400, 300)
+    found = harness.peak_memory(lambda: assignment(cost, [300], backend="native"))
+    assert 300 * 8 <= found < 2**20, "the result, and what the solver works in"
+    assert harness.peak_memory(lambda: assignment(cost, [300], backend="native")) == found, "though its memory is kept"
+    offsets = TokenOffsets.of([2048], "cpu")
+    query, key, value, grad = (torch.rand(2048, 8, 32) for _ in range(4))
+    query.requires_grad_()
+    attended = attention(query, key, value, offsets, offsets, backend="native")
+    gradient = (
+        2048 * 8 * 32 * 4
+    )  # bytes of one; a part of the keys has query gradients of its own, before they are added
+    found = harness.peak_memory(lambda: torch.autograd.grad(attended, query, grad, retain_graph=True))
+    assert found >= 4 * gradient
+
+
+def test_a_result_given_back_during_a_count_was_taken_before_it():
+    native = pytest.importorskip("detr_fast._C", reason="needs the native module")
+    from detr_fast.ops import assignment
+
+    cost = torch.rand(64, 400, 300)
+
+    def most(results: list[torch.Tensor]) -> int:
+        native.start_counting_memory()
+        results.clear()
+        results.append(assignment(cost, [300] * 64))
+        return native.stop_counting_memory()
+
+    results: list[torch.Tensor] = []
+    alone, after_another = most(results), most(results)
+    assert alone - after_another == pytest.approx(8 * results[0].numel(), rel=0.01)
+    again = assignment(cost, [300] * 64)
+    native.start_counting_memory()
+    assert native.stop_counting_memory() == 0 and torch.equal(results[0], again), (
+        "what is between two counts is in neither"
+    )
+
+
+def test_peak_memory_of_contestants_that_say_more_of_it(monkeypatch):
+    monkeypatch.setattr(harness, "REST", 0.0)
+
+    def keeps():
+        kept = []
+        return lambda: kept or kept.append(torch.rand(2**18)) or kept
+
+    contestants = [Contestant("keeps", keeps()), Contestant("fresh", keeps(), fresh=keeps)]
+    contestants.append(Contestant("theirs", keeps(), counts_memory=False))
+    timings = compare(Contest(contestants, lambda _: None), seconds_each=0.0, min_rounds=2)
+    assert [timing.peak_bytes for timing in timings] == [0, 2**20, None]
+
+
 def test_shapes_name_themselves_once_and_know_their_tokens():
     assert len({shape.name for shape in MATCHING_SHAPES}) == len(MATCHING_SHAPES)
     assert MATCHING_SHAPES[0].num_tokens == 25 * 42

@@ -188,6 +188,7 @@ void detr_fast_add_layer_norm_backward_cpu(const detr_fast_add_layer_norm* in,
     const int64_t blocks = (in->rows + each - 1) / each;
     const size_t block_bytes = static_cast<size_t>(2 * in->columns) * (in->is_double ? sizeof(double) : sizeof(float));
     std::vector<unsigned char> partials(blocks * block_bytes);
+    const CallMemory use(partials.size());
     parallel_for(blocks, useful_threads(*in, threads), [&](int64_t block) {
         run_backward(*in, *gradients, block * each, std::min(in->rows, (block + 1) * each),
                      partials.data() + block * block_bytes);

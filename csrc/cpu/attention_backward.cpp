@@ -238,6 +238,7 @@ struct Plan {
     std::vector<Parts> parts;  // of each image
     std::unique_ptr<float[]>
         partial;  // query gradients of all parts but the first, [parts - 1, query tokens, heads, E]
+    size_t partial_floats;
 };
 
 Plan plan_of(const detr_fast_attention& all, const detr_fast_attention_gradients& gradients, int64_t total) {
@@ -246,7 +247,8 @@ Plan plan_of(const detr_fast_attention& all, const detr_fast_attention_gradients
     int64_t most = 1;
     for (const Parts& parts : plan.parts) most = std::max(most, parts.count);
     const int64_t stride = all.heads * all.head_size;
-    plan.partial.reset(new float[static_cast<size_t>((most - 1) * total * stride)]);
+    plan.partial_floats = static_cast<size_t>((most - 1) * total * stride);
+    plan.partial.reset(new float[plan.partial_floats]);
     int64_t query = 0, first_key = 0;
     for (int64_t i = 0; i < all.images; ++i) {
         for (int64_t h = 0; h < all.heads; ++h) {
@@ -289,6 +291,7 @@ void detr_fast_attention_backward_cpu(const detr_fast_attention* inputs,
     using namespace detr_fast;
     const int64_t total = std::accumulate(inputs->query_lengths, inputs->query_lengths + inputs->images, int64_t{0});
     const Plan plan = plan_of(*inputs, *gradients, total);
+    const CallMemory use(plan.partial_floats * sizeof(float));
     parallel_for(static_cast<int64_t>(plan.tasks.size()), inputs->threads, [&](int64_t t) {
         static thread_local Scratch scratch;
         const Task& task = plan.tasks[t];

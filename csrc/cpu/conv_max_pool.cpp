@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "gemm_tile.h"
+#include "memory_use.h"
 #include "thread_pool.h"
 #include "widths.h"
 
@@ -35,6 +36,7 @@ struct Rows {
     std::vector<float> image;        // a ring of kernel_height padded rows
     std::vector<float> conv;         // a ring of 3 rows [out_width, padded_columns]
     std::vector<const float*> left;  // [kernel_height, a tile's rows]
+    KeptMemory use;
 };
 
 template <int Bytes>
@@ -44,6 +46,7 @@ class Band {
         rows_.image.resize(static_cast<size_t>(s_.kernel_height * stem.row_floats()));
         rows_.conv.resize(static_cast<size_t>(3 * s_.out_width * stem.padded_columns()));
         rows_.left.resize(static_cast<size_t>(s_.kernel_height * tile_rows));
+        rows_.use.worked_in((rows_.image.size() + rows_.conv.size()) * sizeof(float));
     }
 
     // Rows [first, end) of an image's result.

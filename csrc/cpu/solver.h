@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "../core/lsap.h"
+#include "memory_use.h"
 
 // A function of loops that the compiler makes vectors of is compiled for each of these widths, and the loader picks
 // one. (Where vectors are written out, see widths.h.) A sanitizer's runtime is not up yet when the loader does so.
@@ -31,11 +32,13 @@ class Scratch {
             memory_.reset(new unsigned char[bytes]);  // make_unique would fill it with zeros
             capacity_ = bytes;
         }
+        use_.worked_in(bytes);
         return memory_.get();
     }
 
     void release_if_large() {
         if (capacity_ <= largest_kept_) return;
+        use_.given_back();
         memory_.reset();
         capacity_ = 0;
     }
@@ -43,6 +46,7 @@ class Scratch {
   private:
     std::unique_ptr<unsigned char[]> memory_;
     size_t capacity_ = 0, largest_kept_;
+    KeptMemory use_;
 };
 
 // Writes each target's query, -1 where there is none.

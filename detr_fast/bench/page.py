@@ -39,7 +39,8 @@ def render(results: Sequence[Results], findings: Sequence[Findings] = ()) -> str
         "<p>Medians of contestants that take turns in one process, each checked against the right answer before any "
         "is timed, and their quartiles. A ratio is formed turn by turn, to the first contestant of its table; <em>in a "
         "rerun</em> and the plots' bars say where another run has it, 19 times of 20 on a steady machine. "
-        "Ours are discs in the plots and blue in the tables. Memory is torch's allocator's.</p>\n"
+        "Ours are discs in the plots and blue in the tables. Peak memory is what torch's allocator and "
+        "the native module hold at once in a call.</p>\n"
         f"{body}\n</body></html>\n"
     )
 

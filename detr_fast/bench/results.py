@@ -20,7 +20,8 @@ class Row:
     Attributes:
         median, quartiles: duration of a call.
         ratio, ratio_spread: how many times faster than the first contestant, and where ``bench.spread`` has a rerun's.
-        peak_bytes: most memory of torch's allocator held at once.
+        peak_bytes: most memory held at once in a call, of torch's allocator and the native module; None where it could
+            not be counted.
         floor_share: what the machine needs at least, as a share of the median, where it was measured.
         kernels, host_waits: of a call on a GPU, where they were counted.
     """
@@ -30,7 +31,7 @@ class Row:
     quartiles: tuple[float, float]
     ratio: float
     ratio_spread: tuple[float, float]
-    peak_bytes: int
+    peak_bytes: int | None
     floor_share: float | None = None
     kernels: int | None = None
     host_waits: int | None = None
@@ -144,9 +145,9 @@ def format_ratio(ratio: float) -> str:
     return f"{ratio:.0f}" if ratio >= 9.95 else f"{ratio:.1f}" if ratio >= 1.95 else f"{ratio:.2f}"
 
 
-def format_bytes(count: float) -> str:
-    """In MiB."""
-    return f"{_three_digits(count / 2**20)} MiB"
+def format_bytes(count: float | None) -> str:
+    """In MiB; of what could not be counted, that."""
+    return "not counted" if count is None else f"{_three_digits(count / 2**20)} MiB"
 
 
 def _three_digits(number: float) -> str:
