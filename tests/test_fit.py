@@ -16,7 +16,7 @@ from detr_fast.config import ModelConfig, OptimConfig
 from detr_fast.data.batch import collate
 from detr_fast.ema import ModelEma
 from detr_fast.finite import FiniteGuard, NonFiniteLossError
-from detr_fast.fit import EpochReport, FitHooks, Interrupted, StepReport, fit
+from detr_fast.fit import EpochReport, FitHooks, Interrupted, StepReport, clip_gradients, fit
 from detr_fast.matcher import HungarianMatcher
 from detr_fast.train_state import TrainState, build_optimizer
 
@@ -358,3 +358,25 @@ def test_bad_optimisation_options(options: dict[str, Any], message: str) -> None
 def test_bad_model_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ModelConfig(**options)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("max_norm", [0.0, 0.1])
+def test_clipping_in_the_optimizers_pass_is_as_clipping_before_it(size: float, max_norm: float) -> None:
+    start = [torch.randn(33, 7), torch.randn(5)]
+    ours, theirs = ([nn.Parameter(x.clone()) for x in start] for _ in range(2))
+    options = {"lr": 1e-2, "weight_decay": 1e-2}
+    fused, plain = torch.optim.AdamW(ours, fused=True, **options), torch.optim.AdamW(theirs, foreach=False, **options)
+    for _ in range(3):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = size * torch.randn_like(one) / 16
+            other.grad = one.grad.clone()
+        norm = clip_gradients(ours, max_norm, fused)
+        expected = nn.utils.clip_grad_norm_(theirs, max_norm or float("inf"))
+        torch.testing.assert_close(norm, expected)
+        fused.step()
+        plain.step()
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-6, atol=0)
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    assert fused.state_dict().keys() == plain.state_dict().keys()
