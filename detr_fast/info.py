@@ -17,6 +17,7 @@ from detr_fast.ops.assignment.api import OP as ASSIGNMENT
 from detr_fast.ops.attention.api import OP as ATTENTION
 from detr_fast.ops.conv.api import OP as CONV
 from detr_fast.ops.conv_blocks.api import OP as CONV_BLOCKS
+from detr_fast.ops.conv_int8.api import OP as CONV_INT8
 from detr_fast.ops.conv_max_pool.api import OP as CONV_MAX_POOL
 from detr_fast.ops.mask_argmax.api import OP as MASK_ARGMAX
 from detr_fast.ops.mask_loss.api import OP as MASK_LOSS
@@ -42,6 +43,7 @@ OPS = (
     MASK_ARGMAX,
     CONV,
     CONV_BLOCKS,
+    CONV_INT8,
     CONV_MAX_POOL,
     RESIDUAL_BLOCK,
     MASK_THRESHOLD,

@@ -292,8 +292,3 @@ def test_folding_a_bias_and_an_ordinary_norm() -> None:
 def test_what_cannot_be_folded(conv: nn.Module, norm: nn.Module, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         folded(conv, norm)
-
-
-def test_bad_dtype() -> None:
-    with pytest.raises(ValueError, match=r"dtype must be None or torch.bfloat16, got torch.int8"):
-        optimize(small_detr(), dtype=torch.int8)

@@ -22,6 +22,7 @@ from detr_fast.ops.boxes import (
 )
 from detr_fast.ops.conv import PackedConv, conv, pack_conv
 from detr_fast.ops.conv_blocks import PackedBlock, PackedBlocks, conv_blocks, conv_blocks_memory
+from detr_fast.ops.conv_int8 import PackedConvInt8, Steps, conv_int8, to_bytes
 from detr_fast.ops.conv_max_pool import conv_max_pool
 from detr_fast.ops.dropout import Dropout
 from detr_fast.ops.mask_argmax import Places, mask_argmax
@@ -49,9 +50,11 @@ __all__ = [
     "PackedBlock",
     "PackedBlocks",
     "PackedConv",
+    "PackedConvInt8",
     "PackedTargets",
     "Places",
     "SetLosses",
+    "Steps",
     "TokenOffsets",
     "Varifocal",
     "add_layer_norm",
@@ -62,6 +65,7 @@ __all__ = [
     "conv",
     "conv_blocks",
     "conv_blocks_memory",
+    "conv_int8",
     "conv_max_pool",
     "cxcywh_to_xyxy",
     "elementwise_giou",
@@ -79,5 +83,6 @@ __all__ = [
     "set_criterion",
     "set_loss",
     "solve_assignment",
+    "to_bytes",
     "xyxy_to_cxcywh",
 ]

@@ -156,6 +156,11 @@ def check_out(out: Tensor | None, shape: list[int], x: Tensor, **read_with_it: T
     if out is None:
         return
     check_same_kind("out", out, shape, x)
+    check_place(out, x, **read_with_it)
+
+
+def check_place(out: Tensor, x: Tensor, **read_with_it: Tensor | None) -> None:
+    """Raise ValueError unless ``out`` lies as ``check_out`` wants it."""
     if not out.is_contiguous(memory_format=torch.channels_last):
         raise ValueError(f"out must be channels last (torch.channels_last), got strides {out.stride()}")
     if goes_through_dispatcher(x):
