@@ -180,11 +180,11 @@ def hold(name: str, contest: Contest, config: pytest.Config) -> None:
         results.refused[name] = error
 
 
-def write(config: pytest.Config) -> bool:
+def write(config: pytest.Config, *, finished: bool = False) -> bool:
     """Write the results so far, if a file was asked for: a run that is cut short leaves those."""
     file, results = config.getoption("--benchmark-results"), config.stash[RESULTS]
     if file:
-        write_results(Path(file), results.timings, results.parts, results.refused, results.skipped)
+        write_results(Path(file), results.timings, results.parts, results.refused, results.skipped, finished)
     return bool(file)
 
 
@@ -208,7 +208,7 @@ def show_progress(config: pytest.Config, text: str) -> None:
         reporter.write(f"\n{machine.elapsed_seconds():5} s {text} ", flush=True)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config) -> None:
     results = config.stash[RESULTS]
     for name, timings in results.timings.items():
         terminalreporter.section(name, sep="-")
@@ -224,7 +224,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(str(error))
     for floor in unheld_floors(config):
         terminalreporter.write_line(f"a floor was not held, its contestant did not run: {floor}", red=True)
-    if write(config):
+    if results.timings:
+        minutes, seconds = divmod(machine.elapsed_seconds(), 60)
+        terminalreporter.write_line(f"{len(results.timings)} contests took {minutes} minutes and {seconds} seconds")
+    if write(config, finished=exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)):
         terminalreporter.write_line(f"written: {config.getoption('--benchmark-results')}")
 
 

@@ -43,10 +43,15 @@ def write_results(
     parts: Mapping[str, Contests],
     refused: Mapping[str, Exception],
     skipped: Mapping[str, Mapping[str, str]],
+    finished: bool,
 ) -> None:
-    """Machine, versions, commit, command, how long the run took, and every timing as JSON, a line a contestant."""
+    """Machine, versions, commit, command, how long the run took, and every timing as JSON, a line a contestant.
+
+    A file that is not ``finished`` is that of a run which still goes on, or was cut short.
+    """
     reasons = {name: str(error) for name, error in refused.items()}
-    head = {**machine.describe(), "elapsed_seconds": machine.elapsed_seconds(), "refused": reasons}
+    head = {**machine.describe(), "elapsed_seconds": machine.elapsed_seconds(), "finished": finished}
+    head["refused"] = reasons
     head["skipped"] = {name: why for name, why in skipped.items() if why}
     lines = [f'"{key}": {json.dumps(value)}' for key, value in head.items()]
     if parts:

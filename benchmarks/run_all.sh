@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Measures everything on a quiet machine, piece by piece, and fills the report and the README's tables.
+# Measures everything on a quiet machine, piece by piece, writes benchmarks/results/report.html and the README's tables.
 #   benchmarks/run_all.sh MACHINE [PIECE...]
-# A piece writes benchmarks/results/MACHINE-PIECE.json; without a PIECE all are run. BENCHMARK_OPTIONS go to pytest.
+# A piece writes benchmarks/results/MACHINE-PIECE.json; without a PIECE all are run, each in a process of its own: the
+# others go on where one fails. The piece "quick", which is none of them, is all of --benchmark-quick in one process.
+# BENCHMARK_OPTIONS go to pytest.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
@@ -26,9 +28,12 @@ for file in benchmarks/bench_*.py; do
     esac
 done
 
+all=("${!pieces[@]}")
+pieces[quick]="--benchmark-quick"
+
 machine=${1:?usage: benchmarks/run_all.sh MACHINE [PIECE...], the pieces being: ${!pieces[*]}}
 shift
-[ $# -gt 0 ] || mapfile -t all < <(printf '%s\n' "${!pieces[@]}" | sort)
+mapfile -t all < <(printf '%s\n' "${all[@]}" | sort)
 failed=()
 for piece in "${@:-${all[@]}}"; do
     : "${pieces[$piece]:?no such piece: $piece}"
@@ -41,8 +46,9 @@ for piece in "${@:-${all[@]}}"; do
         esac
     done
     # shellcheck disable=SC2086  # several options
-    python -m pytest "${files[@]}" "${options[@]}" --benchmark --benchmark-max-time=0.3 ${BENCHMARK_OPTIONS:-} \
+    python -m pytest "${files[@]:-benchmarks/}" "${options[@]}" --benchmark --benchmark-max-time=0.3 ${BENCHMARK_OPTIONS:-} \
         -q --no-header --benchmark-results "benchmarks/results/$machine-$piece.json" || failed+=("$piece")
 done
-python -m detr_fast bench-report --readme README.md || failed+=("bench-report")
+python -m detr_fast bench-report --output benchmarks/results/report.html --readme README.md || failed+=("bench-report")
+echo "$((SECONDS / 60)) minutes and $((SECONDS % 60)) seconds altogether"
 [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}" >&2; exit 1; }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -132,8 +133,9 @@ def openvino(model: Detr, images: Tensor) -> Run:
     return run
 
 
+@lru_cache(maxsize=1)
 def onnx_graph(model: Detr, images: Tensor) -> bytes:
-    """Of plain attention and of batch norms that both runtimes fold by themselves."""
+    """Of plain attention and of batch norms that both runtimes, which ask for it in turn, fold by themselves."""
     plain = LastLayer(model, need_weights=False)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"

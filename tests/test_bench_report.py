@@ -109,11 +109,25 @@ def test_checks_without_a_clock_are_on_the_page(tmp_path, files):
 
 
 def test_the_page_says_how_long_all_of_it_took(tmp_path):
-    contests = {"loss": [entry("original", 1.0, 1.0)]}
-    files = [write(tmp_path, name, contests, elapsed_seconds=s) for name, s in (("a", 130), ("b", 170))]
+    contests = {"loss": [entry("original", 1.0, 1.0), entry("total", 0.1, 10.0)]}
+    files = [write(tmp_path, name, contests, elapsed_seconds=s) for name, s in (("a", 110), ("b", 190))]
+    files.append(write(tmp_path, "gpu", contests, gpu="H100", elapsed_seconds=7))
     text = page.render(read_all(files))
-    assert "<td>130 s</td>" in text and "Together 5 minutes" in text
-    assert "Together" not in page.render(read_all([*files, write(tmp_path, "c", contests)])), "of one it is not known"
+    assert "<td>110 s</td>" in text and "<td>3.2 minutes</td>" in text
+    assert "<p>a &lt;slow&gt; cpu: 5.0 minutes together<br>a &lt;slow&gt; cpu and H100: 7 s together</p>" in text
+    files.append(write(tmp_path, "old", contests))
+    files.append(write(tmp_path, "half", contests, elapsed_seconds=1, finished=False))
+    text = page.render(read_all(files))
+    assert "not recorded" in text and '<td>1 s <span class="refused">cut short</span></td>' in text
+
+
+def test_a_quick_run_is_only_mentioned(tmp_path):
+    contests = {"loss": [entry("original", 1.0, 1.0), entry("total", 0.1, 10.0)]}
+    full = write(tmp_path, "full", contests, elapsed_seconds=600)
+    quick = write(tmp_path, "quick", contests, elapsed_seconds=180, command="pytest benchmarks/ --benchmark-quick")
+    text = page.render(read_all([full, quick]))
+    assert "<td>quick: a quick run, not shown below</td>" in text and "<td>3.0 minutes</td>" in text
+    assert "10.0 minutes together" in text and text.count("<h2 id=") == 1
 
 
 def test_the_kept_checks_are_read():

@@ -121,6 +121,41 @@ def test_a_wrong_kernel_has_no_speed(tmp_path):
     assert not (theirs.exists() and theirs.read_text())
 
 
+# In the place of Python: notes what it is called with, and fails in the piece that is to fail.
+STUB = """#!/usr/bin/env bash
+printf '%s\\n' "$*" >>"$CALLS"
+case "$*" in *MACHINE-masks.json*) exit 1 ;; esac
+"""
+
+
+def run_all(folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    (folder / "python").write_text(STUB)
+    (folder / "python").chmod(0o755)
+    environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "CALLS": str(folder / "calls")}
+    command = [str(REPOSITORY / "benchmarks" / "run_all.sh"), "MACHINE", *arguments]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, env=environment)
+    return run, (folder / "calls").read_text().splitlines()
+
+
+def test_all_benchmarks_run_in_one_go_though_one_fails(tmp_path):
+    run, calls = run_all(tmp_path)
+    *measured, report = calls
+    assert run.returncode == 1 and "failed: masks" in run.stderr and "seconds altogether" in run.stdout
+    assert report.startswith("-m detr_fast bench-report --output benchmarks/results/report.html")
+    for file in (REPOSITORY / "benchmarks").glob("bench_*.py"):
+        assert any(f"benchmarks/{file.name} " in call for call in measured), f"{file.name} is in no piece"
+    files = [call.split("--benchmark-results ")[1] for call in measured]
+    assert len(set(files)) == len(files) and not any("quick" in call for call in measured)
+
+
+def test_pieces_are_run_by_name(tmp_path):
+    run, calls = run_all(tmp_path, "quick", "transformer")
+    assert run.returncode == 0, run.stderr
+    assert "pytest benchmarks/ --benchmark-quick --benchmark " in calls[0]
+    assert "benchmarks/bench_transformer.py -k inference --benchmark " in calls[1] and len(calls) == 3
+    assert run_all(tmp_path, "nothing")[0].returncode != 0
+
+
 def test_kernels_and_waits_are_counted_from_a_trace_of_a_gpu():
     """Such as PyTorch writes: the profiler's own waits lie outside the counted part, a copy's wait inside."""
 

@@ -225,7 +225,8 @@ def test_the_benchmark_option_runs_them_and_writes_both_files(tmp_path):
     assert "[1 of 7] matching coco-2" in run.stdout, "the progress line counts what -k picks"
     written = json.loads(results.read_text())
     assert {"cpu", "versions", "commit", "command"} <= set(written)
-    assert 0 < written["elapsed_seconds"] < 300
+    assert 0 < written["elapsed_seconds"] < 300 and written["finished"]
+    assert "1 contests took 0 minutes and " in run.stdout
     assert "-k 'test_matching and coco-2 and not cost'" in written["command"], "it can be typed as it stands"
     ours = {
         (contest, entry["contestant"]): entry for contest, entries in written["contests"].items() for entry in entries

@@ -30,7 +30,8 @@ details { margin: .3rem 0; } summary { cursor: pointer; color: #374151; }
 
 def render(results: Sequence[Results], findings: Sequence[Findings] = ()) -> str:
     """The whole page."""
-    sections = [_overview(results, findings), *map(_section, results), *map(_findings, findings)]
+    full = [of for of in results if not of.is_quick]
+    sections = [_overview(results, findings), *map(_section, full), *map(_findings, findings)]
     body = "\n".join([*sections, _not_measured(results)])
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -46,11 +47,12 @@ def render(results: Sequence[Results], findings: Sequence[Findings] = ()) -> str
 
 
 def _overview(results: Sequence[Results], findings: Sequence[Findings]) -> str:
-    rows = [[_link(of.name), _text(of.head["cpu"]), _gpu(of), str(len(of.contests)), _elapsed(of)] for of in results]
-    table = _table(["file", "processor", "GPU", "contests", "took"], rows, kind="text")
-    seconds = [of.elapsed_seconds for of in results if of.elapsed_seconds is not None]
-    if seconds and len(seconds) == len(results):
-        table += f"<p>Together {sum(seconds) / 60:.0f} minutes.</p>"
+    rows = [
+        [_quick(of) if of.is_quick else _link(of.name), *map(_text, (of.head["cpu"], _gpu(of)))]
+        + [str(len(of.contests)), _elapsed(of)]
+        for of in results
+    ]
+    table = _table(["file", "processor", "GPU", "contests", "took"], rows, kind="text") + _together(results)
     others = ", ".join(_link(of.name) for of in findings)
     return f"<h2>Files</h2>{table}" + (f"<p>Checks without a clock: {others}.</p>" if others else "")
 
@@ -59,12 +61,34 @@ def _link(name: str) -> str:
     return f'<a href="#{_id(name)}">{_text(name)}</a>'
 
 
+def _quick(results: Results) -> str:
+    return f"{_text(results.name)}: a quick run, not shown below"
+
+
 def _elapsed(results: Results) -> str:
-    return "" if results.elapsed_seconds is None else f"{results.elapsed_seconds} s"
+    if results.elapsed_seconds is None:
+        return '<span class="absent">not recorded</span>'
+    cut_short = "" if results.finished else ' <span class="refused">cut short</span>'
+    return f"{_duration(results.elapsed_seconds)}{cut_short}"
+
+
+def _duration(seconds: int) -> str:
+    return f"{seconds} s" if seconds < 120 else f"{seconds / 60:.1f} minutes"
+
+
+def _together(results: Sequence[Results]) -> str:
+    """How long the files of each machine took, but for quick runs, which measure what the others do."""
+    totals: dict[str, int] = {}
+    for of in results:
+        if not of.is_quick and of.elapsed_seconds is not None:
+            machine = of.head["cpu"] + (f" and {of.head['gpu']}" if of.has_gpu else "")
+            totals[machine] = totals.get(machine, 0) + of.elapsed_seconds
+    lines = [f"{_text(machine)}: {_duration(seconds)} together" for machine, seconds in totals.items()]
+    return f"<p>{'<br>'.join(lines)}</p>" if lines else ""
 
 
 def _gpu(results: Results) -> str:
-    return _text(results.head["gpu"]) if results.has_gpu else '<span class="absent">none</span>'
+    return results.head["gpu"] if results.has_gpu else "none"
 
 
 def _section(results: Results) -> str:

@@ -57,6 +57,7 @@ class Results:
         refused: contests without a speed, because a contestant was wrong, and what was wrong.
         skipped: by contest, who did not take part, and why.
         elapsed_seconds: how long the whole run took, where it was recorded.
+        finished: whether the run went to its end; one that was cut short has fewer contests.
     """
 
     name: str
@@ -66,6 +67,12 @@ class Results:
     refused: dict[str, str]
     skipped: dict[str, dict[str, str]]
     elapsed_seconds: int | None = None
+    finished: bool = True
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether it is of a few rounds of the small sizes, which other files have measured better."""
+        return "--benchmark-quick" in self.head["command"].split()
 
     @property
     def has_gpu(self) -> bool:
@@ -91,6 +98,7 @@ def read_results(file: Path) -> Results | None:
             refused=content.get("refused", {}),
             skipped=content.get("skipped", {}),
             elapsed_seconds=content.get("elapsed_seconds"),
+            finished=content.get("finished", True),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} must be a results file of the benchmarks: {error!r}") from error
