@@ -23,14 +23,14 @@ from benchmarks.harness import Contest, Contestant, Timing, compare
 from benchmarks.original import match_layers
 from benchmarks.original_model import OriginalDetr, calibrate, optimizer_of
 from benchmarks.shapes import TRAIN_STEP, PhotographShape, TrainShape
-from detr_fast import SetCriterion, detr_resnet50
+from detr_fast import SetCriterion, detr_resnet50, graphed_step
 from detr_fast.build import criterion_from_args
 from detr_fast.config import OptimConfig
 from detr_fast.data.batch import ImageBatch, collate
 from detr_fast.data.target_batch import TargetBatch
 from detr_fast.finite import FiniteGuard
 from detr_fast.fit import LossMeter, clip_gradients
-from detr_fast.train_forward import train_forward
+from detr_fast.ops import PaddedTargets
 from detr_fast.train_state import build_optimizer
 
 Race = Callable[[str, str, Callable[[], Contest]], None]
@@ -187,10 +187,27 @@ class GraphedStep(OurStep):
 
     def __init__(self, model: nn.Module, samples: Samples) -> None:
         super().__init__(model, samples)
-        self.forward = train_forward(self.model, OptimConfig(cuda_graph=True), where.device())
+        self.graphs = graphed_step.GraphedStep(self._on_device, self.optimizer)
 
-    def predict(self, images: ImageBatch) -> Any:
-        return self.forward(images) if self.model.training else self.model(images)
+    def run(self) -> Step:
+        with self.graphs.turn():
+            update = self.graphs(self.images, self.targets)
+            if update is None:  # of each size the first batch
+                return super().run()
+            self.meter.add(update.losses, update.total)
+            self.guard.saw(self.targets, update.losses, update.total)
+            self.guard.expect(update.finite, 0, 0)
+        return self
+
+    def _on_device(self, images: ImageBatch, targets: PaddedTargets) -> graphed_step.Update:
+        self.optimizer.zero_grad()
+        losses = self.criterion.of_padded(self.model(images), targets)
+        total = self.criterion.total(losses)
+        total.backward()
+        finite = self.guard.hold_back(clip_gradients(self.parameters, 0.1, self.optimizer), [total.detach()])
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return graphed_step.Update({name: loss.detach() for name, loss in losses.items()}, total.detach(), finite)
 
     def _at_the_backbones_end(self, module: nn.Module, inputs: tuple[Tensor]) -> None:
         """A graph has no parts to look at."""

@@ -158,16 +158,19 @@ int64_t matching_cuda_workspace(const MatchingInputs& m, int device) {
     return bytes;
 }
 
-// dtypes of logits, boxes, target boxes and extra costs, as in enum detr_fast_dtype.
-void matching_cuda(const MatchingInputs& m, const std::array<int32_t, 4>& dtypes, uintptr_t query_of_target,
-                   uintptr_t nonfinite, uintptr_t workspace, int device, uintptr_t stream) {
+// dtypes of logits, boxes, target boxes and extra costs, as in enum detr_fast_dtype. padded: address of the offsets, or
+// 0, and the room for targets.
+void matching_cuda(const MatchingInputs& m, const std::array<int32_t, 4>& dtypes,
+                   const std::pair<uintptr_t, int64_t>& padded, uintptr_t query_of_target, uintptr_t nonfinite,
+                   uintptr_t workspace, int device, uintptr_t stream) {
     int error = 0;
     {
         const py::gil_scoped_release release;
         const auto inputs = m.inputs();
         const auto weights = m.cost_weights();
         const detr_fast_matching_dtypes as_stored{dtypes[0], dtypes[1], dtypes[2], dtypes[3]};
-        error = detr_fast_matching_cuda(&inputs, &as_stored, &weights, at<int64_t>(query_of_target),
+        const detr_fast_padded_targets targets{at<const int64_t>(padded.first), padded.second};
+        error = detr_fast_matching_cuda(&inputs, &as_stored, &weights, &targets, at<int64_t>(query_of_target),
                                         at<int64_t>(nonfinite), at<void>(workspace), device, at<void>(stream));
     }
     if (error != 0) raise_cuda_error(error);

@@ -171,6 +171,9 @@ def predict(
     optimized: Annotated[
         bool, typer.Option("--optimized/--not-optimized", help="run an optimised copy of the model")
     ] = True,
+    cuda_graph: Annotated[
+        bool, typer.Option("--cuda-graph", help="run each size of batch as a CUDA graph (not tried on a GPU yet)")
+    ] = False,
 ) -> None:
     """Draw labelled boxes on images and write them in COCO's results format; exit code 1 where an image failed.
 
@@ -195,7 +198,7 @@ def predict(
         model_options=_model_options(dilation),
         batch_size=batch_size,
         device=choose_device(device),
-        optimized=optimized,
+        optimized=_optimized(optimized, cuda_graph, choose_device(device)),
         sharp_masks=sharp_masks,
         **settings,
     )
@@ -293,6 +296,16 @@ def check_data(
 
 def _model_options(dilation: bool | None) -> dict[str, Any]:
     return {} if dilation is None else {"dilation": dilation}
+
+
+def _optimized(optimized: bool, cuda_graph: bool, device: str) -> bool | dict[str, Any]:
+    if not cuda_graph:
+        return optimized
+    if not optimized:
+        raise ValueError("cuda-graph must be used without not-optimized: it is the optimised copy that has graphs")
+    if not device.startswith("cuda"):
+        raise ValueError(f"cuda-graph needs a CUDA device, got {device}")
+    return {"cuda_graph": True}
 
 
 def _categories(path: Path) -> dict[str, dict[int, Any]]:

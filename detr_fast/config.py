@@ -82,7 +82,7 @@ class OptimConfig:
     accumulate: int = _option(1, "batches per update; their losses, each normalised by itself, are averaged")
     amp: bool = _option(False, "forward pass in bfloat16 (autocast); losses and weights stay float32")
     compile: bool = _option(False, "compile the model (torch.compile): needs a C++ compiler, on a GPU Triton")
-    cuda_graph: bool = _option(False, "run the model as CUDA graphs, one for each padded size (not tried on a GPU yet)")
+    cuda_graph: bool = _option(False, "run updates as CUDA graphs, one for each padded size (not tried on a GPU yet)")
     ema_decay: float = _option(0.0, "keep and evaluate a moving average of the weights, such as 0.9997; 0 for none")
 
     def __post_init__(self) -> None:
@@ -92,7 +92,7 @@ class OptimConfig:
             _check(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
         _check(0 <= self.ema_decay < 1, "ema_decay", "in [0, 1)", self.ema_decay)
         _check(not (self.compile and self.cuda_graph), "cuda_graph", "used without compile", True)
-        # A graph's gradients are in its own memory, where the next batch of the update would overwrite them.
+        # A graph is of a whole update, whose gradients nothing outlives.
         _check(not self.cuda_graph or self.accumulate == 1, "accumulate", "1 with cuda_graph", self.accumulate)
 
 

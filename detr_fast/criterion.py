@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -12,9 +11,10 @@ from torch import Tensor, nn
 
 from detr_fast.data.batch import Target
 from detr_fast.distributed import mean_over_processes, world_size
+from detr_fast.loss_names import NAMES, known_of_layer, named, with_numbers
 from detr_fast.mask_losses import mask_losses
 from detr_fast.matcher import HungarianMatcher
-from detr_fast.ops import CrossEntropy, PackedTargets
+from detr_fast.ops import CrossEntropy, PackedTargets, PaddedTargets
 from detr_fast.ops.boxes import cxcywh_to_xyxy, elementwise_giou
 from detr_fast.ops.set_criterion.api import stacked_results
 from detr_fast.ops.set_loss.api import stacked_losses
@@ -22,26 +22,8 @@ from detr_fast.targets import check_and_pack, pack
 
 Indices = Sequence[tuple[Tensor, Tensor]]
 
-# The results of ``set_loss``, and those of them that belong to each of ``losses``.
-ROWS = ("loss_ce", "loss_bbox", "loss_giou", "class_error", "cardinality_error")
-NAMES = {
-    "labels": ("loss_ce", "class_error"),
-    "boxes": ("loss_bbox", "loss_giou"),
-    "cardinality": ("cardinality_error",),
-}
 # The original finds those of masks too costly to compute at every layer.
 FINAL_LAYER_ONLY = ("masks",)
-
-
-class Losses(dict[str, Tensor]):
-    """Losses by name.
-
-    Attributes:
-        at_once: where all losses of all layers were computed at once, those that have gradients as one tensor, and by
-            their names, in its order, the single numbers that are among the values.
-    """
-
-    at_once: tuple[Tensor, dict[str, Tensor]] | None = None
 
 
 class SetCriterion(nn.Module):
@@ -114,7 +96,12 @@ class SetCriterion(nn.Module):
         if _keeps(self.matcher, HungarianMatcher, "forward", "match_layers"):
             return self._losses_at_once(layers, targets, packed, num_boxes)
         # A matcher that matches in its own way is asked layer by layer, as in the original.
-        return _with_numbers(self._losses_by_layer(layers, targets, num_boxes))
+        return with_numbers(self._losses_by_layer(layers, targets, num_boxes))
+
+    def of_padded(self, outputs: dict[str, Any], targets: PaddedTargets) -> dict[str, Tensor]:
+        """As ``forward``, unchecked; see ``why_not_padded``."""
+        layers = [outputs, *outputs.get("aux_outputs", ())]
+        return self._losses_at_once(layers, (), targets, self._num_boxes(outputs["pred_logits"], targets))
 
     def total(self, losses: Mapping[str, Tensor]) -> Tensor:
         """The sum of ``losses`` weighted by ``weight_dict``: what a training loop minimises.
@@ -223,7 +210,11 @@ class SetCriterion(nn.Module):
         ]
 
     def _losses_at_once(
-        self, layers: Sequence[dict[str, Any]], targets: Sequence[Target], packed: PackedTargets, num_boxes: Tensor
+        self,
+        layers: Sequence[dict[str, Any]],
+        targets: Sequence[Target],
+        packed: PackedTargets | PaddedTargets,
+        num_boxes: Tensor,
     ) -> dict[str, Tensor]:
         names = tuple(
             [name for name in self.losses if name in NAMES and _keeps(self, SetCriterion, f"loss_{name}", "get_loss")]
@@ -236,18 +227,18 @@ class SetCriterion(nn.Module):
             if names:
                 queries, values, numbers = self._values_at_once(logits, boxes, packed, num_boxes)
                 if all_are_known and len(groups) == 1:
-                    return _named(names, values, numbers)
+                    return named(names, values, numbers)
             else:
                 queries, numbers = cast(HungarianMatcher, self.matcher).match_packed(logits, boxes, packed), ()
             # Of layers whose losses are all known nobody looks at the pairs.
             for place, number in enumerate(group):
-                indices = () if all_are_known else _pairs(queries[place], packed.num_targets, logits[0].shape[1])
-                known = _known_of_layer(names, numbers[place :: len(group)], number)
+                indices = () if all_are_known else _pairs(queries[place], packed, logits[0].shape[1])
+                known = known_of_layer(names, numbers[place :: len(group)], number)
                 losses[number] = self._layer_losses(number, layers[number], targets, indices, num_boxes, known)
-        return _with_numbers([losses[number] for number in range(len(layers))])
+        return with_numbers([losses[number] for number in range(len(layers))])
 
     def _values_at_once(
-        self, logits: list[Tensor], boxes: list[Tensor], packed: PackedTargets, num_boxes: Tensor
+        self, logits: list[Tensor], boxes: list[Tensor], packed: PackedTargets | PaddedTargets, num_boxes: Tensor
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """Every target's query [layers, N]; the losses of all layers, ROWS[:3], as one tensor; ROWS as numbers."""
         weight = self.empty_weight
@@ -294,12 +285,27 @@ class SetCriterion(nn.Module):
             "masks": self.loss_masks,
         }
 
-    def _num_boxes(self, logits: Tensor, packed: PackedTargets) -> Tensor:
+    def _num_boxes(self, logits: Tensor, packed: PackedTargets | PaddedTargets) -> Tensor:
         """Targets of the batch, averaged over processes, at least 1: the normaliser of the box losses."""
+        if isinstance(packed, PaddedTargets):
+            return mean_over_processes(packed.offsets[-1].float()).clamp(min=1)
         count, device = sum(packed.num_targets), logits.device
         if world_size() == 1:
             return torch.full((), max(count, 1), dtype=torch.float32, device=device)
         return mean_over_processes(torch.full((), count, dtype=torch.float32, device=device)).clamp(min=1)
+
+
+def why_not_padded(criterion: nn.Module) -> str | None:
+    """What keeps a criterion from computing its losses of padded targets, without a wait; None where nothing does."""
+    name = type(criterion).__name__
+    if not isinstance(criterion, SetCriterion) or not _keeps(criterion, SetCriterion, "forward", "get_loss"):
+        return f"{name} computes its losses in its own way"
+    known = [loss for loss in criterion.losses if loss in NAMES and _keeps(criterion, SetCriterion, f"loss_{loss}")]
+    if known != criterion.losses:
+        return f"{name} computes some of its losses layer by layer: of {criterion.losses} all but {known}"
+    if not _keeps(criterion.matcher, HungarianMatcher, "forward", "match_layers", "match_packed", "check_costs"):
+        return f"{type(criterion.matcher).__name__} matches in its own way"
+    return "a strict matcher looks at its costs" if cast(HungarianMatcher, criterion.matcher).strict else None
 
 
 def _is_as_made(number: Tensor) -> bool:
@@ -312,49 +318,6 @@ def _keeps(module: nn.Module, parent: type[nn.Module], *methods: str) -> bool:
     return all(getattr(getattr(module, m, None), "__func__", None) is getattr(parent, m) for m in methods)
 
 
-def _with_numbers(layers: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The losses of layers, of which the first is the final one, as one dict."""
-    losses = dict(layers[0])
-    for number, layer_losses in enumerate(layers[1:]):
-        losses.update({f"{name}_{number}": value for name, value in layer_losses.items()})
-    return losses
-
-
-def _known_of_layer(names: Sequence[str], rows: Sequence[Tensor], number: int) -> dict[str, dict[str, Tensor]]:
-    """What each of ``names`` gives for a layer, by the layer's ROWS."""
-    values = dict(zip(ROWS, rows, strict=False))
-    known = {name: {row: values[row] for row in NAMES[name]} for name in names}
-    if number > 0 and "labels" in known:
-        del known["labels"]["class_error"]
-    return known
-
-
-def _named(names: tuple[str, ...], values: Tensor, numbers: tuple[Tensor, ...]) -> Losses:
-    """``numbers``, which are ROWS of every layer, as one dict, and ``values`` as those of them that are added up."""
-    keys, places, of_values = _keys_and_places(names, len(numbers) // len(ROWS))
-    losses = Losses(zip(keys, [numbers[place] for place in places], strict=True))
-    losses.at_once = values, dict(zip(of_values, numbers, strict=False))
-    return losses
-
-
-@lru_cache(maxsize=16)
-def _keys_and_places(names: tuple[str, ...], layers: int) -> tuple[list[str], list[int], list[str]]:
-    """The names of all losses in order, their places among the numbers, and the names of the first numbers.
-
-    It depends on nothing else, and to make it takes as long as to look at 20 tensors.
-    """
-    suffixes = ["", *(f"_{number}" for number in range(layers - 1))]
-    places = {row + suffix: i * layers + j for i, row in enumerate(ROWS) for j, suffix in enumerate(suffixes)}
-    keys = [
-        row + suffix
-        for suffix in suffixes
-        for name in names
-        for row in NAMES[name]
-        if row != "class_error" or not suffix
-    ]
-    return keys, [places[key] for key in keys], list(places)[: 3 * layers]
-
-
 def _alike(layers: Sequence[dict[str, Any]]) -> Collection[list[int]]:
     """The numbers of layers whose outputs are of one kind: two-stage models have one of more queries."""
     groups: dict[tuple[Any, ...], list[int]] = {}
@@ -364,10 +327,11 @@ def _alike(layers: Sequence[dict[str, Any]]) -> Collection[list[int]]:
     return groups.values()
 
 
-def _pairs(query_of_target: Tensor, num_targets: Sequence[int], num_queries: int) -> Indices:
+def _pairs(query_of_target: Tensor, packed: PackedTargets | PaddedTargets, num_queries: int) -> Indices:
     """[N] queries of a layer to the matched (queries, targets) of each image, the queries ascending, on the device."""
+    assert isinstance(packed, PackedTargets)  # see why_not_padded
     pairs = []
-    for image in query_of_target.split(list(num_targets)):
+    for image in query_of_target.split(list(packed.num_targets)):
         queries, targets = image.sort()
         unmatched = max(len(image) - num_queries, 0)  # known without looking: every query has a target then
         pairs.append((queries[unmatched:], targets[unmatched:]))

@@ -82,10 +82,21 @@ class FiniteGuard:
         Raises:
             NonFiniteLossError: this update is not finite; on CUDA, the one before.
         """
-        finite = torch.stack([norm, *(batch.total for batch in self.seen)]).isfinite().all().float()
+        self.expect(self.hold_back(norm, [batch.total for batch in self.seen]), epoch, step)
+
+    def hold_back(self, norm: Tensor, totals: Sequence[Tensor]) -> Tensor:
+        """1 where the gradient's norm and these losses are finite, else 0 and the optimizer leaves the weights alone.
+
+        The device's part of ``check``, which a CUDA graph can hold.
+        """
+        finite = torch.stack([norm, *totals]).isfinite().all().float()
         if is_distributed():
             dist.all_reduce(finite, dist.ReduceOp.MIN)
         self.optimizer.found_inf = 1 - finite  # type: ignore[attr-defined]
+        return finite
+
+    def expect(self, finite: Tensor, epoch: int, step: int) -> None:
+        """The host's part of ``check``: look at what ``hold_back`` gave for the batches that were noted."""
         before, self.pending = self.pending, self._send(_Update(epoch, step, self.seen, finite))
         self.seen = []
         if before is not None:

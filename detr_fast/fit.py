@@ -25,6 +25,8 @@ from detr_fast.data.on_device import DeviceBatch, on_device
 from detr_fast.data.target_batch import TargetBatch
 from detr_fast.distributed import all_gather_objects, is_distributed, mean_over_processes, world_size
 from detr_fast.finite import FiniteGuard, image_ids
+from detr_fast.graphed_step import GraphedStep, Update, why_not_graphed
+from detr_fast.ops import PaddedTargets
 from detr_fast.targets import check_targets
 from detr_fast.train_forward import train_forward
 from detr_fast.train_state import TrainState
@@ -179,7 +181,14 @@ class _Loop:
         # Requests to stop go over the host, so that asking for them does not wait for a GPU.
         self.control = dist.new_group(backend="gloo") if is_distributed() else None
         self.parameters = [parameter for parameter in self.state.model.parameters() if parameter.requires_grad]
+        self.graphs = self._graphs() if self.options.cuda_graph else None
         self.steps = -(-len(self.loader) // self.options.accumulate)
+
+    def _graphs(self) -> GraphedStep:
+        reason = why_not_graphed(self.device, self.criterion)
+        if reason is not None:
+            raise ValueError(f"cuda_graph cannot be used here: {reason}")
+        return GraphedStep(self._update_on_device, self.state.optimizer)
 
     def run_epoch(self, epoch: int) -> EpochReport:
         self.forward.train()
@@ -190,7 +199,8 @@ class _Loop:
         batches = on_device(self._checked_batches(), self.device)
         for done, group in enumerate(_groups(batches, self.options.accumulate), start=1):
             lr = self._set_lr(epoch, done - 1)
-            self._update(epoch, group, meter)
+            with self.graphs.turn() if self.graphs is not None else contextlib.nullcontext():
+                self._update(epoch, group, meter)
             images += world_size() * sum(len(batch.on_host) for batch in group)
             if done % self.hooks.log_every == 0 or done == self.steps:
                 loss, seconds = meter.recent(), time.monotonic() - started
@@ -211,6 +221,13 @@ class _Loop:
             yield images, TargetBatch.of(targets)
 
     def _update(self, epoch: int, group: Sequence[DeviceBatch], meter: LossMeter) -> None:
+        if self.graphs is None or not self._update_by_graph(self.graphs, epoch, group[0], meter):
+            self._update_by_calls(epoch, group, meter)
+        self.state.step += 1
+        if self.state.ema is not None:
+            self.state.ema.update(self.state.model)
+
+    def _update_by_calls(self, epoch: int, group: Sequence[DeviceBatch], meter: LossMeter) -> None:
         self.state.optimizer.zero_grad()
         for index, (images, targets, on_host) in enumerate(group):
             # Gradients are exchanged once an update, with the last batch.
@@ -223,17 +240,37 @@ class _Loop:
         norm = clip_gradients(self.parameters, self.options.clip_max_norm, self.state.optimizer)
         self.guard.check(norm, epoch, self.state.step)
         self.state.optimizer.step()
-        self.state.step += 1
-        if self.state.ema is not None:
-            self.state.ema.update(self.state.model)
+        if self.graphs is not None:
+            self.state.optimizer.zero_grad()  # a graph has memory of its own for gradients
 
-    def _losses(self, images: ImageBatch, targets: TargetBatch) -> tuple[Losses, Tensor]:
+    def _update_by_graph(self, graphs: GraphedStep, epoch: int, batch: DeviceBatch, meter: LossMeter) -> bool:
+        """Whether this batch is one for ``graphs``, which then have updated the weights by it."""
+        update = graphs(batch.images, batch.targets)
+        if update is not None:
+            meter.add(update.losses, update.total)
+            self.guard.saw(batch.on_host, update.losses, update.total)
+            self.guard.expect(update.finite, epoch, self.state.step)
+        return update is not None
+
+    def _update_on_device(self, images: ImageBatch, targets: PaddedTargets) -> Update:
+        """What ``_update_by_calls`` does for one batch, without what concerns the host."""
+        self.state.optimizer.zero_grad()
+        losses, total = self._losses(images, targets)
+        total.backward()
+        norm = clip_gradients(self.parameters, self.options.clip_max_norm, self.state.optimizer)
+        finite = self.guard.hold_back(norm, [total.detach()])
+        self.state.optimizer.step()
+        self.state.optimizer.zero_grad()
+        return Update({name: loss.detach() for name, loss in losses.items()}, total.detach(), finite)
+
+    def _losses(self, images: ImageBatch, targets: TargetBatch | PaddedTargets) -> tuple[Losses, Tensor]:
         # A graph must not hold the copies of weights in bfloat16 that autocast keeps.
         cache = not self.options.cuda_graph
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp, cache_enabled=cache):
             outputs = self.forward(images)
         try:
-            losses = self.criterion(outputs, targets)
+            padded = isinstance(targets, PaddedTargets)
+            losses = (self.criterion.of_padded if padded else self.criterion)(outputs, targets)  # type: ignore[operator]
         except ValueError:
             # A strict matcher refuses NaN costs. With a NaN loss in its place every process stops at the same update.
             heads = outputs["pred_logits"].sum() + outputs["pred_boxes"].sum()

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from detr_fast.cuda_graphs import GraphPool
 from detr_fast.data.batch import ImageBatch
 from detr_fast.models.segmentation import DetrSegm, QueryMasks
-from detr_fast.train_forward import pad_to_multiple
 
 # Each size seen once is remembered, to know it when it comes again; beyond so many, memory begins anew.
 MOST_REMEMBERED = 4096
@@ -197,23 +197,13 @@ class CudaCapture:
     """Captures with CUDA. All graphs of one instance share their memory, so only one of them may run at a time."""
 
     def __init__(self) -> None:
-        self._pool: Any = None
+        self._pool = GraphPool()
 
     def __call__(self, run: Run, images: Tensor, mask: Tensor) -> Callable[[], Any]:
         """A function that runs the graph of ``run(images, mask)``; it returns the same tensors each time."""
         with torch.cuda.device(images.device):
             self._warm_up(run, images, mask)
-            graph = torch.cuda.CUDAGraph()
-            # Of this thread alone: others go on allocating memory meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                outputs = run(images, mask)
-        self._pool = self._pool or graph.pool()
-
-        def replay() -> Any:
-            graph.replay()
-            return outputs
-
-        return replay
+            return self._pool.capture(lambda: run(images, mask))
 
     def _warm_up(self, run: Run, images: Tensor, mask: Tensor) -> None:
         """What kernels choose and allocate at their first calls must not be captured."""
@@ -242,6 +232,13 @@ def framed(batch: ImageBatch, multiple: int) -> ImageBatch:
     height, width = batch.images.shape[-2:]
     sizes = ((height, width),) * len(batch) if batch.padded is False else batch.sizes
     return ImageBatch(*pad_to_multiple(batch, multiple), sizes)
+
+
+def pad_to_multiple(batch: ImageBatch, multiple: int) -> tuple[Tensor, Tensor]:
+    """Images and mask in a frame whose sides are multiples of ``multiple``."""
+    height, width = (-side % multiple for side in batch.images.shape[-2:])
+    frame = (0, width, 0, height)
+    return nn.functional.pad(batch.images, frame), nn.functional.pad(batch.mask, frame, value=True)
 
 
 def cloned(outputs: Any) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from detr_fast.data.batch import Target
-from detr_fast.ops import CostWeights, PackedTargets, matching
+from detr_fast.ops import CostWeights, PackedTargets, PaddedTargets, matching
 from detr_fast.ops.boxes import cxcywh_to_xyxy, elementwise_giou
 from detr_fast.targets import check_and_pack, pack
 
@@ -84,7 +84,9 @@ class HungarianMatcher(nn.Module):
         return self.match_packed(logits, boxes, packed)
 
     @torch.no_grad()
-    def match_packed(self, logits: Sequence[Tensor], boxes: Sequence[Tensor], targets: PackedTargets) -> Tensor:
+    def match_packed(
+        self, logits: Sequence[Tensor], boxes: Sequence[Tensor], targets: PackedTargets | PaddedTargets
+    ) -> Tensor:
         """As ``match_layers``, of predictions as ``matching`` takes them, whose targets are packed and checked."""
         queries, num_nonfinite = matching(logits, boxes, targets, self.cost_weights)
         self.check_costs(num_nonfinite, logits, boxes, targets)
@@ -96,11 +98,16 @@ class HungarianMatcher(nn.Module):
         return CostWeights(self.cost_class, self.cost_bbox, self.cost_giou)
 
     def check_costs(
-        self, num_nonfinite: Tensor, logits: Sequence[Tensor], boxes: Sequence[Tensor], targets: PackedTargets
+        self,
+        num_nonfinite: Tensor,
+        logits: Sequence[Tensor],
+        boxes: Sequence[Tensor],
+        targets: PackedTargets | PaddedTargets,
     ) -> None:
         """With ``strict``, raise where the matching found costs that are not numbers."""
         if self.strict and bool(num_nonfinite.any()):  # waits for the device, as asked for
-            _raise_for_nonfinite(logits, boxes, targets)
+            packed = targets.trimmed() if isinstance(targets, PaddedTargets) else targets
+            _raise_for_nonfinite(logits, boxes, packed)
 
 
 def matched_pairs(query_of_target: Tensor) -> tuple[Tensor, Tensor]:

@@ -112,11 +112,12 @@ class Predictor:
         device: the model is moved there; None leaves it where it is.
         is_thing_map: category id to whether it is a thing (True) or stuff, which ``panoptic`` needs to know.
         optimized: run an optimised copy of a model that contains a ResNet (see ``optimize``); what is done to the model
-            later does not change the copy. Otherwise the model itself.
+            later does not change the copy. Otherwise the model itself. The options of ``optimize``, such as
+            ``{"cuda_graph": True}``, ask for a copy of any model.
         sharp_masks: sharpen the outlines of segments by the image's colours (see ``detr_fast.sharp_masks``).
 
     Raises:
-        ValueError: ``threshold`` is outside [0, 1], or a size is not positive.
+        ValueError: ``threshold`` is outside [0, 1], or a size is not positive; or as ``optimize``.
     """
 
     def __init__(
@@ -130,7 +131,7 @@ class Predictor:
         batch_size: int = 1,
         device: torch.device | str | None = None,
         is_thing_map: Mapping[int, bool] | None = None,
-        optimized: bool = True,
+        optimized: bool | Mapping[str, Any] = True,
         sharp_masks: bool = False,
     ) -> None:
         if not 0 <= threshold <= 1:
@@ -139,7 +140,10 @@ class Predictor:
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         model = model if device is None else model.to(device)
-        self.model = optimize(model) if optimized and optimizes(model) else model
+        if isinstance(optimized, Mapping):
+            self.model = optimize(model, **optimized)
+        else:
+            self.model = optimize(model) if optimized and optimizes(model) else model
         self.categories = {int(number): name for number, name in (categories or {}).items()}
         self.is_thing_map = {int(number): bool(thing) for number, thing in (is_thing_map or {}).items()}
         self.sharp_masks = sharp_masks

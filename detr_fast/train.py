@@ -84,7 +84,8 @@ def train(config: TrainConfig) -> TrainResult:
 
     SIGINT (Ctrl-C) and SIGTERM end it after the update in progress, with a checkpoint that holds it; resuming then
     begins that epoch anew. Resuming after a finished epoch gives the weights that the uninterrupted run gives, if
-    ``num_workers`` and the number of processes are the same.
+    ``num_workers`` and the number of processes are the same; with ``cuda_graph`` up to roundings and dropout, because
+    which batches a graph computes depends on the sizes that came before.
 
     Raises:
         CheckpointError: the output folder cannot be written, has a run already (without ``config.resume``), or weights

@@ -179,6 +179,23 @@ def test_predict(run: Run, trained: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "q").glob("*attention*"))
 
 
+def test_predict_by_cuda_graphs(run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["predict", trained / "val", "--checkpoint", trained / "out" / "checkpoint.pth", "--cuda-graph"]
+    ended = run(*arguments, "--device", "cpu")
+    assert ended.code != 0 and "cuda-graph needs a CUDA device, got cpu" in ended.err
+    ended = run(*arguments, "--not-optimized")
+    assert ended.code != 0 and "cuda-graph must be used without not-optimized" in ended.err
+
+    asked: dict[str, object] = {}
+    monkeypatch.setattr("detr_fast.train.choose_device", lambda name: "cuda")
+    monkeypatch.setattr(
+        "detr_fast.predictor.Predictor.from_checkpoint", lambda path, **settings: asked.update(settings)
+    )
+    monkeypatch.setattr("detr_fast.predict_video.predict_inputs", lambda *arguments, **settings: [])
+    assert run(*arguments).code == 0
+    assert asked["optimized"] == {"cuda_graph": True} and asked["device"] == "cuda"
+
+
 def test_predict_on_a_video(run: Run, trained: Path, tmp_path: Path) -> None:
     pytest.importorskip("av", reason="needs PyAV, which the test extra installs")
     from test_video import make_video

@@ -23,7 +23,7 @@ LAYERS = (
     ("detr_fast.ops",),
     ("detr_fast.checkpoint", "detr_fast.config", "detr_fast.data", "detr_fast.distributed"),
     ("detr_fast.models",),
-    ("detr_fast.targets", "detr_fast.matcher", "detr_fast.mask_losses", "detr_fast.criterion"),
+    ("detr_fast.targets", "detr_fast.matcher", "detr_fast.loss_names", "detr_fast.mask_losses", "detr_fast.criterion"),
     ("detr_fast.postprocess", "detr_fast.postprocess_masks"),
     ("detr_fast.build",),
     (),

@@ -158,6 +158,9 @@ def test_predictor_runs_a_copy_unless_told_not_to() -> None:
     torch.testing.assert_close(found.boxes_xyxy_px, expected.boxes_xyxy_px, atol=1e-3, rtol=0)
     own = small_detr()
     assert Predictor(own).model is own
+    assert Predictor(own, optimized={}).model is not own
+    with pytest.raises(ValueError, match=r"dtype must be None or torch.bfloat16, got torch.int8"):
+        Predictor(own, optimized={"dtype": torch.int8})
 
 
 class Collector:

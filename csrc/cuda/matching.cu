@@ -13,66 +13,21 @@
 #include "../core/lsap.h"
 #include "../core/pair_cost.h"
 #include "device_guard.h"
+#include "matching_batch.h"
 #include "shared_memory.h"
 
 namespace detr_fast {
 namespace {
 
-// Counts and the layers' addresses travel as kernel arguments (4 KiB at most in all): no copy to wait for, and a graph
-// captures them.
-constexpr int layers_per_launch = 16;
-constexpr int images_per_launch = 768;
 // The costs of 100 queries and 7 targets are 28 units of work for a warp. The solver after them uses one warp only.
 constexpr int warps = 8;
 constexpr int threads = warps * Warp::size;
+// Six layers of eight images are 48 blocks, fewer than an H100 has multiprocessors. Left to itself, ptxas keeps room
+// for three or four blocks on one, and spills.
+constexpr int blocks_per_multiprocessor = 2;
 // A warp has four rows of logits in flight, each read in whole sectors of 32 bytes, and reduces them in three steps.
 constexpr int lanes_per_query = 8;
 constexpr int queries_per_warp = Warp::size / lanes_per_query;
-
-struct Layers {
-    const void* logits[layers_per_launch];
-    const void* boxes[layers_per_launch];
-    const void* extra[layers_per_launch];
-};
-
-struct Images {  // of a launch; targets are counted from the first one of the launch
-    int32_t first_target[images_per_launch + 1];
-};
-
-// Where a block keeps its problem. Shared memory if it fits, since the search waits for every read of it.
-struct Placement {
-    bool state_is_shared;
-    bool tile_is_shared;
-    size_t state_bytes;  // of the largest problem
-    size_t shared_bytes;
-    size_t shared_limit;     // of the device
-    size_t workspace_bytes;  // of one problem
-};
-
-struct Batch {
-    int64_t queries;
-    int64_t classes;
-    int64_t logit_strides[2];
-    int64_t box_strides[2];
-    const int64_t* labels;
-    const void* target_boxes;
-    bool has_extra;
-    detr_fast_matching_dtypes dtypes;
-    detr_fast_cost_weights weights;
-    int64_t all_images;
-    int64_t all_targets;
-    int64_t* query_of_target;
-    int64_t* nonfinite;
-    unsigned char* workspace;
-    Placement placement;
-    // What this launch covers.
-    int64_t first_layer;
-    int64_t first_image;
-    int64_t first_target;
-    unsigned images;
-};
-
-static_assert(sizeof(Batch) + sizeof(Layers) + sizeof(Images) <= 4096, "more than kernel arguments may take");
 
 // What the warps of a block tell each other.
 struct Totals {
@@ -229,7 +184,7 @@ __device__ void solve(Warp team, const Problem<Logit, Real>& problem, void* stat
 
 // A block takes an image of a layer. All warps compute its costs, then the first one solves it.
 template <typename Logit>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, blocks_per_multiprocessor)
     matching_kernel(const Batch batch, const Layers layers, const Images images) {
     using Real = std::conditional_t<std::is_same<Logit, double>::value, double, float>;
     extern __shared__ __align__(16) unsigned char shared_memory[];
@@ -249,8 +204,9 @@ __global__ void __launch_bounds__(threads)
     problem.boxes = layers.boxes[layer];
     problem.first_box = b * batch.box_strides[0];
     problem.extra = layers.extra[layer];
-    problem.first_target = batch.first_target + images.first_target[image];
-    problem.targets = images.first_target[image + 1] - images.first_target[image];
+    const Span span = targets_of(batch, images, image);
+    problem.first_target = span.first;
+    problem.targets = span.count;
     problem.queries = static_cast<int32_t>(batch.queries);
     problem.rows_are_targets = problem.targets < problem.queries;
     // The solver's state is not in use before the costs are there, and is larger than these two.
@@ -272,10 +228,15 @@ __global__ void __launch_bounds__(threads)
     solve(Warp{}, problem, state, batch.query_of_target + l * batch.all_targets + problem.first_target);
 }
 
-// The sizes of the largest problem hold for all: rows and columns both grow with the number of targets.
-Placement place(const detr_fast_matching_inputs& in, size_t shared_limit) {
+int64_t most_targets(const detr_fast_matching_inputs& in) {
     int64_t most = 0;
     for (int64_t b = 0; b < in.images; ++b) most = std::max(most, in.num_targets[b]);
+    return most;
+}
+
+// The sizes of the largest problem hold for all: rows and columns both grow with the number of targets.
+Placement place(const detr_fast_matching_inputs& in, size_t shared_limit) {
+    const int64_t most = most_targets(in);
     const size_t state = Assignment::bytes(std::min(most, in.queries), std::max(most, in.queries));
     const size_t tile = rounded(static_cast<size_t>(most * in.queries) * (in.is_double ? 8 : 4));
     Placement placement{};
@@ -368,8 +329,8 @@ int64_t detr_fast_matching_cuda_workspace(const detr_fast_matching_inputs* input
 }
 
 int detr_fast_matching_cuda(const detr_fast_matching_inputs* inputs, const detr_fast_matching_dtypes* dtypes,
-                            const detr_fast_cost_weights* weights, int64_t* query_of_target, int64_t* nonfinite,
-                            void* workspace, int device, void* stream) {
+                            const detr_fast_cost_weights* weights, const detr_fast_padded_targets* padded,
+                            int64_t* query_of_target, int64_t* nonfinite, void* workspace, int device, void* stream) {
     using namespace detr_fast;
     if (!are_valid(*inputs, *dtypes)) return cudaErrorInvalidValue;
     const DeviceGuard guard(device);
@@ -389,6 +350,9 @@ int detr_fast_matching_cuda(const detr_fast_matching_inputs* inputs, const detr_
     batch.weights = *weights;
     batch.all_images = inputs->images;
     for (int64_t b = 0; b < inputs->images; ++b) batch.all_targets += inputs->num_targets[b];
+    if (padded->offsets != nullptr) batch.all_targets = padded->room;
+    batch.offsets = padded->offsets;
+    batch.most_targets = most_targets(*inputs);
     batch.query_of_target = query_of_target;
     batch.nonfinite = nonfinite;
     batch.workspace = static_cast<unsigned char*>(workspace);

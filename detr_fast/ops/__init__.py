@@ -29,7 +29,7 @@ from detr_fast.ops.mask_argmax import Places, mask_argmax
 from detr_fast.ops.mask_loss import MaskLosses, mask_loss
 from detr_fast.ops.mask_threshold import mask_threshold
 from detr_fast.ops.matching import Matching, matching
-from detr_fast.ops.matching_cost import CostWeights, MatchingCost, PackedTargets, matching_cost
+from detr_fast.ops.matching_cost import CostWeights, MatchingCost, PackedTargets, PaddedTargets, matching_cost
 from detr_fast.ops.relu_dropout import relu_dropout
 from detr_fast.ops.residual_block import FrozenConv, residual_block
 from detr_fast.ops.set_criterion import MatchedLosses, set_criterion
@@ -52,6 +52,7 @@ __all__ = [
     "PackedConv",
     "PackedConvInt8",
     "PackedTargets",
+    "PaddedTargets",
     "Places",
     "SetLosses",
     "Steps",

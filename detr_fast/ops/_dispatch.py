@@ -88,3 +88,9 @@ def goes_through_dispatcher(tensor: Tensor) -> bool:
     Otherwise a public function calls its implementation directly, which costs a tenth of the dispatcher's path.
     """
     return torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter)
+
+
+def refuse_padded_targets(op: str, tensor: Tensor) -> None:
+    """Raise NotImplementedError where torch must see the op as one node: schemas have counts on the host."""
+    if goes_through_dispatcher(tensor):
+        raise NotImplementedError(f"{op} of PaddedTargets cannot be compiled or exported: it takes PackedTargets there")

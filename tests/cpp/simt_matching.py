@@ -15,7 +15,7 @@ from torch import Tensor
 
 from detr_fast.ops.matching.native import _on_cuda
 from detr_fast.ops.matching_cost.native import NativeArguments
-from detr_fast.ops.matching_cost.types import CostWeights
+from detr_fast.ops.matching_cost.types import CostWeights, PaddedTargets
 
 # What is in shared memory: state and costs; the state; nothing but the warps' totals.
 PLACEMENTS = {"all shared": 227 * 1024, "state shared": 6 * 1024, "workspace": 192}
@@ -45,6 +45,12 @@ class Weights(ctypes.Structure):
         ("focal", ctypes.c_bool),
         *((name, ctypes.c_double) for name in ("alpha", "gamma")),
     ]
+
+
+class Padded(ctypes.Structure):
+    """struct detr_fast_padded_targets."""
+
+    _fields_ = [("offsets", ctypes.c_void_p), ("room", ctypes.c_int64)]
 
 
 class MatchingInputs:
@@ -77,12 +83,14 @@ class HostModule:
         assert self.workspace_bytes >= 0
         return self.workspace_bytes + CANARY
 
-    def matching_cuda(self, m: MatchingInputs, dtypes: Sequence[int], *addresses: int | None) -> None:
+    def matching_cuda(
+        self, m: MatchingInputs, dtypes: Sequence[int], padded: tuple[int, int], *addresses: int | None
+    ) -> None:
         query_of_target, nonfinite, workspace, _, stream = addresses
         ctypes.memset(workspace, 0xFF, self.workspace_bytes + CANARY)
         codes = (ctypes.c_int32 * 4)(*dtypes)
         results = [ctypes.c_void_p(a) for a in (query_of_target, nonfinite, workspace)]
-        structs = [ctypes.byref(s) for s in (m.inputs, codes, m.weights)]
+        structs = [ctypes.byref(s) for s in (m.inputs, codes, m.weights, Padded(*padded))]
         assert self.library.detr_fast_matching_cuda(*structs, *results, 0, ctypes.c_void_p(stream)) == 0
         behind = ctypes.string_at(workspace + self.workspace_bytes, CANARY)
         assert behind == b"\xff" * CANARY, "the kernel wrote behind its workspace"
@@ -99,7 +107,9 @@ def run_on_host(
     module.library.simt_set_shared_limit(ctypes.c_size_t(shared_limit))
     module.library.simt_set_seed(np.random.randint(2**31))
     query_of_target = case.targets.labels.new_full((len(case.logits), len(case.targets.labels)), -9)
-    nonfinite = query_of_target.new_full((len(case.logits), len(case.targets.num_targets)), -9)
+    if isinstance(case.targets, PaddedTargets):
+        query_of_target.fill_(-1)
+    nonfinite = query_of_target.new_full((len(case.logits), len(case.logits[0])), -9)
     stream = SimpleNamespace(cuda_stream=None)
     with (
         mock.patch("detr_fast.ops._native.module", return_value=module),

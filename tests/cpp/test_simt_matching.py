@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from cpp.simt_matching import PLACEMENTS, HostModule, run_on_host
-from ops.matching_cases import DETR, FOCAL, SHAPES, Case, Shape, check_optimal, double, make_case
+from ops.matching_cases import DETR, FOCAL, SHAPES, Case, Shape, check_optimal, double, make_case, padded
 
 from detr_fast.ops.matching.reference import matching_reference
 from detr_fast.ops.matching_cost.types import CostWeights
@@ -95,6 +95,36 @@ def test_a_label_out_of_range_makes_costs_that_are_no_numbers(module: HostModule
     expected, _ = matching_reference(*case._replace(targets=case.targets._replace(labels=valid)), weights)
     assert torch.equal(found[:, 4:], expected[:, 4:])
     assert all(len(set(row[:4].tolist())) == 4 and row.min() >= 0 for row in found)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("name", [name for name in SHAPES if name != "real"])
+def test_padded_targets(module: HostModule, name: str, placement: str) -> None:
+    case, limit = make_case(SHAPES[name], torch.float64), PLACEMENTS[placement]
+    expected, expected_nonfinite = matching_reference(*case, DETR)
+    targets = padded(case.targets, 5)
+    # The largest problem that memory is taken for need not be there.
+    for most in (targets.most, targets.most + 9):
+        wide = case._replace(targets=targets._replace(most=most))
+        found, nonfinite = run_on_host(module, wide, DETR, shared_limit=limit)
+        assert torch.equal(found[:, :-5], expected) and (found[:, -5:] == -1).all()
+        assert torch.equal(nonfinite, expected_nonfinite)
+
+
+def test_padded_targets_of_several_launches(module: HostModule) -> None:
+    case = make_case(Shape(17, 3, 2, torch.randint(0, 3, (800,)).tolist()), torch.float64)
+    case = Case(case.logits[:2], case.boxes[:2], case.targets)
+    found, _ = run_on_host(module, case._replace(targets=padded(case.targets, 1)), DETR)
+    assert torch.equal(found[:, :-1], matching_reference(*case, DETR)[0])
+
+
+def test_offsets_that_lie_read_and_write_nothing_outside(module: HostModule) -> None:
+    case = make_case(Shape(1, 8, 5, [3, 2, 4]), torch.float64)
+    targets = padded(case.targets, 0)
+    for offsets in ([0, 3, 5, 2**40], [-5, 3, 5, 9], [0, 9, 9, 9], [9, 5, 3, 0]):
+        lying = targets._replace(offsets=torch.tensor(offsets))
+        found, _ = run_on_host(module, case._replace(targets=lying), DETR, shared_limit=PLACEMENTS["workspace"])
+        assert ((found >= -1) & (found < 8)).all()
 
 
 def test_no_queries(module: HostModule) -> None:

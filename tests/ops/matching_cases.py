@@ -10,7 +10,7 @@ from scipy.optimize import linear_sum_assignment
 from small import random_boxes
 from torch import Tensor
 
-from detr_fast.ops.matching_cost import CostWeights, PackedTargets, matching_cost
+from detr_fast.ops.matching_cost import CostWeights, PackedTargets, PaddedTargets, matching_cost
 
 DETR = CostWeights(1, 5, 2)
 FOCAL = CostWeights(2, 5, 2, focal=True)
@@ -50,6 +50,14 @@ def make_case(shape: Shape, dtype: torch.dtype = torch.float32) -> Case:
     labels = torch.randint(shape.classes, (total,))
     targets = PackedTargets(labels, random_boxes(total), shape.num_targets)
     return Case(list(logits), list(boxes.view(shape.layers, batch, shape.queries, 4).to(dtype)), targets)
+
+
+def padded(targets: PackedTargets, room: int) -> PaddedTargets:
+    """With room for more targets, which holds what nobody may read."""
+    labels = torch.cat([targets.labels, torch.full((room,), 2**40)])
+    boxes = torch.cat([targets.boxes, targets.boxes.new_full((room, 4), torch.nan)])
+    offsets = torch.tensor([0, *targets.num_targets]).cumsum(0)
+    return PaddedTargets(labels, boxes, offsets, max(targets.num_targets))
 
 
 def double(case: Case) -> Case:

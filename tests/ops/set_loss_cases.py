@@ -130,8 +130,7 @@ def check_rows(found: Tensor, reference: Tensor, exact: Tensor, eps: float, term
 
 
 def moved(case: Case, device: torch.device | str) -> Case:
-    labels, boxes, num_targets = case.targets
-    targets = case.targets._replace(labels=labels.to(device), boxes=boxes.to(device), num_targets=num_targets)
+    targets = type(case.targets)(*(x.to(device) if isinstance(x, Tensor) else x for x in case.targets))
     return Case([x.to(device) for x in case.logits], [x.to(device) for x in case.boxes], targets)
 
 

@@ -13,7 +13,7 @@ import torch
 from detr_fast.ops.matching_cost import PackedTargets
 from detr_fast.ops.set_loss import ClassLoss, CrossEntropy, Focal, set_loss
 from detr_fast.ops.set_loss.triton_impl import IMAGES_PER_LAUNCH, LAYERS_PER_LAUNCH
-from ops.matching_cases import Shape, make_case
+from ops.matching_cases import Case, Shape, make_case, padded
 from ops.set_loss_cases import (
     CLASS_LOSSES,
     LOSS_SHAPES,
@@ -74,6 +74,19 @@ def test_class_weights_and_targets_without_a_query() -> None:
         backend="triton",
     )
     torch.testing.assert_close(torch.stack(found).cpu(), torch.stack(expected))
+
+
+@pytest.mark.parametrize("class_loss", [CrossEntropy(), Focal()])
+@pytest.mark.parametrize("name", ["odd sizes", "more targets than queries", "no targets at all"])
+def test_padding_changes_nothing(name: str, class_loss: ClassLoss) -> None:
+    case = make_case(SIZES[name])
+    query_of_target = match(case)
+    wide = Case(case.logits, case.boxes, padded(case.targets, 5))
+    on_device = moved(wide, DEVICE)
+    queries = torch.nn.functional.pad(query_of_target, (0, 5), value=-1).to(DEVICE)
+    found = set_loss(*on_device, queries, class_loss, num_boxes=3, backend="triton")
+    expected = set_loss(*moved(case, DEVICE), query_of_target.to(DEVICE), class_loss, num_boxes=3, backend="triton")
+    assert torch.equal(torch.stack(found), torch.stack(expected))
 
 
 @pytest.mark.parametrize("label", [4, -1, 2**40])

@@ -10,11 +10,11 @@ from scipy.optimize import linear_sum_assignment
 
 from detr_fast.ops import _native
 from detr_fast.ops.matching import api, matching
-from detr_fast.ops.matching_cost import CostWeights, PackedTargets, matching_cost
+from detr_fast.ops.matching_cost import CostWeights, PackedTargets, PaddedTargets, matching_cost
 from detr_fast.ops.matching_cost import api as cost_api
 from detr_fast.ops.matching_cost.native import NativeArguments
 from ops.assignment_cases import needs_cuda
-from ops.matching_cases import DETR, FOCAL, SHAPES, Case, Shape, check_optimal, make_case
+from ops.matching_cases import DETR, FOCAL, SHAPES, Case, Shape, check_optimal, make_case, padded
 
 BACKENDS = [
     "reference",
@@ -124,7 +124,7 @@ def test_what_cuda_says_is_passed_on() -> None:
     with pytest.raises(RuntimeError, match="matching: CUDA says: "):
         _native.module().matching_cuda_workspace(arguments.inputs, 0)
     with pytest.raises(RuntimeError, match="matching: CUDA says: "):
-        _native.module().matching_cuda(arguments.inputs, arguments.dtype_codes(), 0, 0, 0, 0, 0)
+        _native.module().matching_cuda(arguments.inputs, arguments.dtype_codes(), arguments.padded(), 0, 0, 0, 0, 0)
 
 
 def on_cuda(case: Case) -> Case:
@@ -194,3 +194,22 @@ class TestCuda:
             graph.replay()
             expected = matching(*case, DETR)
             assert torch.equal(found.query_of_target.cpu(), expected.query_of_target)
+
+    def test_a_replay_reads_the_counts_of_padded_targets(self) -> None:
+        case = make_case(Shape(2, 10, 5, [3, 0, 6]), torch.float64)
+        targets = PaddedTargets(*(x.cuda() for x in padded(case.targets, 3)[:3]), most=8)
+        there = on_cuda(case)._replace(targets=targets)
+        matching(*there, DETR, backend="native")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = matching(*there, DETR, backend="native")
+        for counts in ([3, 0, 6], [0, 8, 1], [0, 0, 0], [4, 4, 4]):
+            other = make_case(Shape(2, 10, 5, counts), torch.float64)
+            for static, fresh in zip([*there.logits, *there.boxes], [*other.logits, *other.boxes], strict=True):
+                static.copy_(fresh)
+            fresh_targets = padded(other.targets, 12 - sum(counts))
+            for static, fresh in zip(targets[:3], fresh_targets[:3], strict=True):
+                static.copy_(fresh)
+            graph.replay()
+            expected = fresh_targets.padded(matching(*other, DETR).query_of_target)
+            assert torch.equal(found.query_of_target.cpu(), expected)

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from detr_fast.ops._dispatch import Implementation, Op, always_runs, goes_through_dispatcher
+from detr_fast.ops._dispatch import Implementation, Op, always_runs, goes_through_dispatcher, refuse_padded_targets
 from detr_fast.ops.matching.native import matching_native, why_not
 from detr_fast.ops.matching.reference import matching_reference
 from detr_fast.ops.matching_cost.api import SCHEMA, as_schema, from_schema
-from detr_fast.ops.matching_cost.types import CostWeights, PackedTargets, check_matching_inputs
+from detr_fast.ops.matching_cost.types import CostWeights, PackedTargets, PaddedTargets, check_matching_inputs
 
 OP = Op(
     name="matching",
@@ -40,7 +40,7 @@ class Matching(NamedTuple):
 def matching(
     logits: Sequence[Tensor] | Tensor,
     boxes: Sequence[Tensor] | Tensor,
-    targets: PackedTargets,
+    targets: PackedTargets | PaddedTargets,
     weights: CostWeights = CostWeights(),
     *,
     extra_cost: Sequence[Tensor] | Tensor | None = None,
@@ -56,7 +56,7 @@ def matching(
         logits: L tensors [B, Q, classes] of any float dtype (or one [L, B, Q, classes]), "no object" among the
             classes where the weights are not ``focal``.
         boxes: L tensors [B, Q, 4], cxcywh in [0, 1].
-        targets: labels [N] in [0, classes), boxes [N, 4] cxcywh in [0, 1], B counts.
+        targets: labels [N] in [0, classes), boxes [N, 4] cxcywh in [0, 1], B counts; or padded ones.
         weights: see CostWeights.
         extra_cost: L tensors [N, Q] to add: the place for a term on masks.
         backend: "reference" or "native"; None takes the fastest that can run here.
@@ -70,15 +70,35 @@ def matching(
         NotImplementedError: ``backend`` cannot run these inputs; the message says why.
 
     Not differentiable. On CUDA "native" is one launch for up to 16 layers and 768 images, does not wait for the device,
-    and can be captured in a CUDA graph, which then holds the counts. The reference waits for the device, and does not
-    take labels out of range.
+    and can be captured in a CUDA graph, which then holds the counts, unless targets are padded. The reference waits for
+    the device, and does not take labels out of range.
     """
     logits, boxes = list(logits), list(boxes)
     extra = None if extra_cost is None else list(extra_cost)
     check_matching_inputs(logits, boxes, targets, extra)
+    if isinstance(targets, PaddedTargets):
+        return _matching_of_padded(logits, boxes, targets, weights, extra, backend)
     if goes_through_dispatcher(logits[0]):
         return Matching(*torch.ops.detr_fast.matching(*as_schema(logits, boxes, targets, weights, extra), backend))
     return Matching(*OP.choose(backend, logits[0]).run(logits, boxes, targets, weights, extra))
+
+
+def _matching_of_padded(
+    logits: list[Tensor],
+    boxes: list[Tensor],
+    targets: PaddedTargets,
+    weights: CostWeights,
+    extra_cost: list[Tensor] | None,
+    backend: str | None,
+) -> Matching:
+    refuse_padded_targets("matching", logits[0])
+    chosen = OP.choose(backend, logits[0])
+    if chosen.name == "native" and logits[0].is_cuda:
+        return Matching(*chosen.run(logits, boxes, targets, weights, extra_cost))
+    packed = targets.trimmed()
+    extra = None if extra_cost is None else [x[: len(packed.labels)] for x in extra_cost]
+    queries, num_nonfinite = chosen.run(logits, boxes, packed, weights, extra)
+    return Matching(targets.padded(queries), num_nonfinite)
 
 
 torch.library.define("detr_fast::matching", SCHEMA)

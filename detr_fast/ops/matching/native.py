@@ -9,7 +9,7 @@ from torch import Tensor
 
 from detr_fast.ops import _native
 from detr_fast.ops.matching_cost.native import NativeArguments
-from detr_fast.ops.matching_cost.types import CostWeights, PackedTargets
+from detr_fast.ops.matching_cost.types import CostWeights, PackedTargets, PaddedTargets
 
 
 def why_not(logits: Tensor) -> str | None:
@@ -19,19 +19,21 @@ def why_not(logits: Tensor) -> str | None:
 def matching_native(
     logits: Sequence[Tensor],
     boxes: Sequence[Tensor],
-    targets: PackedTargets,
+    targets: PackedTargets | PaddedTargets,
     weights: CostWeights,
     extra_cost: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
+    on_cuda = logits[0].is_cuda
     quick = _native.load().quick
-    if quick is not None and extra_cost is None:
+    if quick is not None and extra_cost is None and not on_cuda:
         found = quick.matching(logits, boxes, targets, weights)
         if found is not None:
             return found  # type: ignore[no-any-return]
-    on_cuda = logits[0].is_cuda
     arguments = NativeArguments(logits, boxes, targets, weights, extra_cost, for_kernel=on_cuda)
     layers, batch, _, _ = arguments.sizes
-    query_of_target = targets.labels.new_empty((layers, len(targets.labels)))
+    # Of the padding nothing is written.
+    padded, size = arguments.offsets is not None, (layers, len(targets.labels))
+    query_of_target = targets.labels.new_full(size, -1) if padded else targets.labels.new_empty(size)
     nonfinite = targets.labels.new_empty((layers, batch))
     (_on_cuda if on_cuda else _on_cpu)(arguments, query_of_target, nonfinite)
     return query_of_target, nonfinite
@@ -50,6 +52,7 @@ def _on_cuda(arguments: NativeArguments, query_of_target: Tensor, nonfinite: Ten
     native.matching_cuda(
         arguments.inputs,
         arguments.dtype_codes(),
+        arguments.padded(),
         query_of_target.data_ptr(),
         nonfinite.data_ptr(),
         workspace.data_ptr(),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from detr_fast.ops import _native
-from detr_fast.ops.matching_cost.types import CostWeights, PackedTargets
+from detr_fast.ops.matching_cost.types import CostWeights, PackedTargets, PaddedTargets
 
 
 def why_not(logits: Tensor) -> str | None:
@@ -38,14 +38,14 @@ class NativeArguments:
     """Predictions and targets as addresses and sizes; holds the tensors that the addresses point into.
 
     Numbers become ``dtype``, in which costs are computed. For a kernel, which reads each of _native.DTYPES as it lies,
-    they stay what they are where they can.
+    they stay what they are where they can; and only a kernel takes padded targets.
     """
 
     def __init__(
         self,
         logits: Sequence[Tensor],
         boxes: Sequence[Tensor],
-        targets: PackedTargets,
+        targets: PackedTargets | PaddedTargets,
         weights: CostWeights,
         extra_cost: Sequence[Tensor] | None,
         *,
@@ -58,6 +58,13 @@ class NativeArguments:
         self.labels = targets.labels.contiguous()
         self.target_boxes = _readable([targets.boxes], self.dtype, for_kernel)[0].contiguous()
         self.sizes = (len(logits), *logits[0].shape)
+        self.offsets: Tensor | None = None
+        if isinstance(targets, PaddedTargets):
+            assert for_kernel
+            self.offsets = targets.offsets.contiguous()
+            num_targets: Sequence[int] = [targets.most] * logits[0].shape[0]  # at most
+        else:
+            num_targets = targets.num_targets
         self.inputs: Any = _native.module().MatchingInputs(
             self.dtype == torch.float64,
             self.sizes,
@@ -68,10 +75,14 @@ class NativeArguments:
             self.boxes[0].stride()[:2],
             self.labels.data_ptr(),
             self.target_boxes.data_ptr(),
-            list(targets.num_targets),
+            list(num_targets),
             (weights.cost_class, weights.cost_bbox, weights.cost_giou, weights.alpha, weights.gamma),
             weights.focal,
         )
+
+    def padded(self) -> tuple[int, int]:
+        """Where the offsets lie, 0 where there is no padding, and the room for targets."""
+        return (0 if self.offsets is None else self.offsets.data_ptr(), len(self.labels))
 
     def dtype_codes(self) -> tuple[int, ...]:
         """Of logits, boxes, target boxes and extra costs."""

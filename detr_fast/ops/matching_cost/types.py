@@ -29,6 +29,36 @@ class PackedTargets(NamedTuple):
         return PackedTargets(torch.cat(labels), torch.cat([t["boxes"] for t in targets]), [len(x) for x in labels])
 
 
+class PaddedTargets(NamedTuple):
+    """The targets of B images in memory of a fixed size, so that a CUDA graph finds others there at each replay.
+
+    What is behind the last target is padding, and is not read.
+
+    Attributes:
+        labels: [N] int64.
+        boxes: [N, 4] float, cxcywh in [0, 1].
+        offsets: [B + 1] int64, rising from 0 to at most N, on the labels' device: image b has the targets from
+            ``offsets[b]`` to ``offsets[b + 1]``. On a GPU nobody looks at them before; kernels read nothing outside N.
+        most: no image has more targets. Kernels take memory for so many, and leave further ones without a query.
+    """
+
+    labels: Tensor
+    boxes: Tensor
+    offsets: Tensor
+    most: int
+
+    def trimmed(self) -> PackedTargets:
+        """The same without padding. Waits for the device."""
+        offsets = self.offsets.tolist()  # a meant wait: only what cannot read them on the device asks for this
+        counts = [end - start for start, end in zip(offsets, offsets[1:], strict=False)]
+        return PackedTargets(self.labels[: offsets[-1]], self.boxes[: offsets[-1]], counts)
+
+    def padded(self, query_of_target: Tensor) -> Tensor:
+        """[L, N] of what ``matching`` gives for the trimmed targets: -1 in the padding."""
+        padding = len(self.labels) - query_of_target.shape[1]
+        return torch.nn.functional.pad(query_of_target, (0, padding), value=-1)
+
+
 class CostWeights(NamedTuple):
     """cost = cost_class * class term + cost_bbox * L1(boxes) - cost_giou * GIoU(boxes).
 
@@ -48,7 +78,10 @@ class CostWeights(NamedTuple):
 
 
 def check_matching_inputs(
-    logits: Sequence[Tensor], boxes: Sequence[Tensor], targets: PackedTargets, extra_cost: Sequence[Tensor] | None
+    logits: Sequence[Tensor],
+    boxes: Sequence[Tensor],
+    targets: PackedTargets | PaddedTargets,
+    extra_cost: Sequence[Tensor] | None,
 ) -> None:
     """Raise ValueError where shapes or dtypes are not as the ops' docstrings say. Reads metadata only."""
     if len(logits) == 0 or len(logits) != len(boxes):
@@ -59,11 +92,7 @@ def check_matching_inputs(
     device = logits[0].device
     _check_layers("logits", logits, logits[0].shape, device)
     _check_layers("boxes", boxes, torch.Size((batch, queries, 4)), device)
-    count = sum(targets.num_targets)
-    if len(targets.num_targets) != batch:
-        raise ValueError(f"num_targets must have one count for each of {batch} images, got {len(targets.num_targets)}")
-    if min(targets.num_targets, default=0) < 0:
-        raise ValueError(f"num_targets must not be negative, got {list(targets.num_targets)}")
+    count = _checked_room(targets, batch) if isinstance(targets, PaddedTargets) else _checked_sum(targets, batch)
     if list(targets.labels.shape) != [count] or targets.labels.dtype != torch.int64:
         got = f"{targets.labels.dtype} {list(targets.labels.shape)}"
         raise ValueError(f"labels must be int64 [{count}], got {got}")
@@ -76,6 +105,24 @@ def check_matching_inputs(
         if len(extra_cost) != len(logits):
             raise ValueError(f"extra_cost must be of {len(logits)} layers, got {len(extra_cost)}")
         _check_layers("extra_cost", extra_cost, torch.Size((count, queries)), device)
+
+
+def _checked_sum(targets: PackedTargets, batch: int) -> int:
+    if len(targets.num_targets) != batch:
+        raise ValueError(f"num_targets must have one count for each of {batch} images, got {len(targets.num_targets)}")
+    if min(targets.num_targets, default=0) < 0:
+        raise ValueError(f"num_targets must not be negative, got {list(targets.num_targets)}")
+    return sum(targets.num_targets)
+
+
+def _checked_room(targets: PaddedTargets, batch: int) -> int:
+    offsets = targets.offsets
+    if list(offsets.shape) != [batch + 1] or offsets.dtype != torch.int64 or offsets.device != targets.labels.device:
+        got = f"{offsets.dtype} {list(offsets.shape)} on {offsets.device}"
+        raise ValueError(f"offsets must be int64 [{batch + 1}] on {targets.labels.device}, got {got}")
+    if targets.most < 0:
+        raise ValueError(f"most must not be negative, got {targets.most}")
+    return len(targets.labels)
 
 
 def _check_layers(name: str, layers: Sequence[Tensor], shape: torch.Size, device: torch.device) -> None:

@@ -9,10 +9,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from detr_fast.ops._dispatch import Implementation, Op, always_runs, goes_through_dispatcher, name_chooser
+from detr_fast.ops._dispatch import (
+    Implementation,
+    Op,
+    always_runs,
+    goes_through_dispatcher,
+    name_chooser,
+    refuse_padded_targets,
+)
 from detr_fast.ops.matching.api import Matching
 from detr_fast.ops.matching_cost import api as matching_cost
-from detr_fast.ops.matching_cost.types import CostWeights, PackedTargets, check_matching_inputs
+from detr_fast.ops.matching_cost.types import CostWeights, PackedTargets, PaddedTargets, check_matching_inputs
 from detr_fast.ops.set_criterion.native import set_criterion_native
 from detr_fast.ops.set_criterion.reference import set_criterion_composed
 from detr_fast.ops.set_loss import schema
@@ -48,7 +55,7 @@ class MatchedLosses(NamedTuple):
 def set_criterion(
     logits: Sequence[Tensor] | Tensor,
     boxes: Sequence[Tensor] | Tensor,
-    targets: PackedTargets,
+    targets: PackedTargets | PaddedTargets,
     weights: CostWeights = CostWeights(),
     class_loss: ClassLoss = CrossEntropy(),
     *,
@@ -65,7 +72,7 @@ def set_criterion(
         logits: L tensors [B, Q, classes] of any float dtype (or one [L, B, Q, classes]), "no object" the last of the
             classes where ``class_loss`` is the cross-entropy.
         boxes: L tensors [B, Q, 4], cxcywh in [0, 1].
-        targets: labels [N] in [0, classes), boxes [N, 4] cxcywh in [0, 1], B counts.
+        targets: labels [N] in [0, classes), boxes [N, 4] cxcywh in [0, 1], B counts; or padded ones.
         weights: of the matching cost.
         class_loss: CrossEntropy, Focal or Varifocal.
         num_boxes: what box losses are divided by, one number; not differentiated.
@@ -95,7 +102,7 @@ def set_criterion(
 def stacked_results(
     logits: list[Tensor],
     boxes: list[Tensor],
-    targets: PackedTargets,
+    targets: PackedTargets | PaddedTargets,
     weights: CostWeights,
     class_loss: ClassLoss,
     num_boxes: Tensor | float,
@@ -111,8 +118,19 @@ def stacked_results(
     """
     if not isinstance(num_boxes, Tensor):
         num_boxes = torch.full((), num_boxes, dtype=torch.float32, device=logits[0].device)
-    inputs = (targets, weights, extra_cost, class_loss, num_boxes)
     name = name_of_chosen(backend, logits[0])
+    if isinstance(targets, PaddedTargets):
+        refuse_padded_targets("set_criterion", logits[0])
+        if name != "native":
+            padded = (targets, weights, extra_cost, class_loss, num_boxes)
+            return OP.choose(name, logits[0]).run(logits, boxes, *padded, singly=singly)  # type: ignore[no-any-return]
+        check_matching_inputs(logits, boxes, targets, extra_cost)
+        packed = targets.trimmed()  # on the CPU
+        extra_cost = None if extra_cost is None else [x[: len(packed.labels)] for x in extra_cost]
+        options = (weights, class_loss, num_boxes, extra_cost, name)
+        losses, metrics, queries, *rest = stacked_results(logits, boxes, packed, *options, singly=singly)
+        return losses, metrics, targets.padded(queries), *rest
+    inputs = (targets, weights, extra_cost, class_loss, num_boxes)
     if name != "native":
         return OP.choose(name, logits[0]).run(logits, boxes, *inputs, singly=singly)  # type: ignore[no-any-return]
     if goes_through_dispatcher(logits[0]):

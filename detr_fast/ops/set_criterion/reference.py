@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from detr_fast.ops.matching.api import matching
-from detr_fast.ops.matching_cost.types import CostWeights, PackedTargets
+from detr_fast.ops.matching_cost.types import CostWeights, PackedTargets, PaddedTargets
 from detr_fast.ops.set_loss.api import stacked_losses
 from detr_fast.ops.set_loss.types import ClassLoss
 
@@ -16,7 +16,7 @@ from detr_fast.ops.set_loss.types import ClassLoss
 def set_criterion_composed(
     logits: list[Tensor],
     boxes: list[Tensor],
-    targets: PackedTargets,
+    targets: PackedTargets | PaddedTargets,
     weights: CostWeights,
     extra_cost: Sequence[Tensor] | None,
     class_loss: ClassLoss,

@@ -9,8 +9,15 @@ import torch
 from torch import Tensor
 
 from detr_fast.ops import _triton
-from detr_fast.ops._dispatch import Implementation, Op, always_runs, goes_through_dispatcher, name_chooser
-from detr_fast.ops.matching_cost.types import PackedTargets
+from detr_fast.ops._dispatch import (
+    Implementation,
+    Op,
+    always_runs,
+    goes_through_dispatcher,
+    name_chooser,
+    refuse_padded_targets,
+)
+from detr_fast.ops.matching_cost.types import PackedTargets, PaddedTargets
 from detr_fast.ops.set_loss.gradient import with_gradients
 from detr_fast.ops.set_loss.native import set_loss_backward_native, set_loss_native, why_not
 from detr_fast.ops.set_loss.reference import set_loss_reference
@@ -55,7 +62,7 @@ BACKWARD: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
 def set_loss(
     logits: Sequence[Tensor] | Tensor,
     boxes: Sequence[Tensor] | Tensor,
-    targets: PackedTargets,
+    targets: PackedTargets | PaddedTargets,
     query_of_target: Tensor,
     class_loss: ClassLoss = CrossEntropy(),
     *,
@@ -71,9 +78,9 @@ def set_loss(
         logits: L tensors [B, Q, classes] of any float dtype (or one [L, B, Q, classes]), "no object" the last of the
             classes where ``class_loss`` is the cross-entropy.
         boxes: L tensors [B, Q, 4], cxcywh in [0, 1].
-        targets: labels [N] in [0, classes), boxes [N, 4] cxcywh in [0, 1], B counts.
+        targets: labels [N] in [0, classes), boxes [N, 4] cxcywh in [0, 1], B counts; or padded ones.
         query_of_target: [L, N] int64 in [-1, Q), as ``matching`` gives it: each target's query in its image, -1 for
-            none. No query twice in an image.
+            none and for padding. No query twice in an image.
         class_loss: CrossEntropy, Focal or Varifocal.
         num_boxes: what box losses are divided by, one number; not differentiated.
         backend: "reference", "native" or "triton"; None takes the fastest that can run here.
@@ -100,7 +107,7 @@ def set_loss(
 def stacked_losses(
     logits: list[Tensor],
     boxes: list[Tensor],
-    targets: PackedTargets,
+    targets: PackedTargets | PaddedTargets,
     query_of_target: Tensor,
     class_loss: ClassLoss,
     num_boxes: Tensor | float,
@@ -114,8 +121,21 @@ def stacked_losses(
     """
     if not isinstance(num_boxes, Tensor):
         num_boxes = torch.full((), num_boxes, dtype=torch.float32, device=logits[0].device)
-    inputs = (targets, query_of_target, class_loss, num_boxes)
     name = name_of_chosen(backend, logits[0])
+    if isinstance(targets, PaddedTargets):
+        refuse_padded_targets("set_loss", logits[0])
+        if name == "triton":
+            of_padded = (targets, query_of_target, class_loss, num_boxes)
+            return with_gradients(
+                lambda x, y, with_slopes: _run_triton(x, y, *of_padded, with_slopes),
+                BACKWARD[name],
+                logits,
+                boxes,
+                singly=singly,
+            )
+        targets = targets.trimmed()
+        query_of_target = query_of_target[:, : len(targets.labels)]
+    inputs = (targets, query_of_target, class_loss, num_boxes)
     if name == "reference":
         losses, metrics = set_loss_reference(logits, boxes, *inputs)
         return in_singles(losses, metrics) if singly else (losses, metrics)

@@ -26,7 +26,7 @@ from detr_fast.ops.matching_cost.triton_impl import (
     softmax_statistics,
 )
 from detr_fast.ops.matching_cost.triton_words import as_words, distances, pick
-from detr_fast.ops.matching_cost.types import PackedTargets
+from detr_fast.ops.matching_cost.types import PackedTargets, PaddedTargets
 from detr_fast.ops.set_loss.gradient import stacked
 from detr_fast.ops.set_loss.triton_losses import pair_losses, sigmoid_losses, sign, store_slopes, weights_of_layer
 from detr_fast.ops.set_loss.types import ClassLoss, CrossEntropy, Focal, Varifocal, result_sizes
@@ -64,6 +64,7 @@ def set_loss_fwd_kernel(
     query_of_target,  # [L, N]
     weight,  # [classes], or None
     num_boxes,  # [1]
+    offsets,  # [B + 1] of padded targets, or None
     partial,  # [L, B, blocks of queries, COLUMNS]
     logit_slope,  # [L, B, Q, classes], or None, and then so are the others
     l1_slope,  # [L, B, Q, 4]
@@ -99,10 +100,16 @@ def set_loss_fwd_kernel(
     image_here = tl.program_id(0) // blocks % images_here
     layer_here = tl.program_id(0) // blocks // images_here
     image, layer = (first_image + image_here).to(tl.int64), (first_layer + layer_here).to(tl.int64)
-    span = pick(image_words, image_here, IMAGES)
-    first_target = span >> COUNT_BITS
-    targets = (span & COUNT_MASK).to(tl.int32)
     queries_of_layer = query_of_target + layer * all_targets
+    if offsets is None:
+        span = pick(image_words, image_here, IMAGES)
+        first_target = span >> COUNT_BITS
+        targets = (span & COUNT_MASK).to(tl.int32)
+    else:
+        # Nobody has looked at them before: nothing outside the room for targets is read.
+        first_target = tl.maximum(tl.load(offsets + image), 0)
+        targets = (tl.minimum(tl.load(offsets + image + 1), all_targets) - first_target).to(tl.int32)
+        all_targets = tl.minimum(tl.load(offsets + images), all_targets).to(tl.int32)
 
     q = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
     inside = q < queries
@@ -250,7 +257,7 @@ def set_loss_bwd_kernel(
 def set_loss_triton(
     logits: Sequence[Tensor],
     boxes: Sequence[Tensor],
-    targets: PackedTargets,
+    targets: PackedTargets | PaddedTargets,
     query_of_target: Tensor,
     class_loss: ClassLoss,
     num_boxes: Tensor,
@@ -267,8 +274,14 @@ def set_loss_triton(
     weight = class_loss.weights(classes, results[0]) if isinstance(class_loss, CrossEntropy) else None
     blocks = triton.cdiv(queries, BLOCK_QUERIES)
     partial = logits[0].new_empty((layers, batch, blocks, COLUMNS.value), dtype=dtype)
-    tensors = (logits[0], boxes[0], labels, target_boxes, query_of_target.contiguous(), weight, num_boxes, partial)
-    spans, constants = _spans(targets.num_targets), fwd_constants(class_loss, dtype)
+    offsets: Tensor | None = None
+    spans: list[int] = []
+    if isinstance(targets, PaddedTargets):
+        offsets = targets.offsets.contiguous()
+    else:
+        spans = _spans(targets.num_targets)
+    of_targets = (labels, target_boxes, query_of_target.contiguous(), weight, num_boxes, offsets)
+    tensors, constants = (logits[0], boxes[0], *of_targets, partial), fwd_constants(class_loss, dtype)
     with on_device(logits[0].device):
         for first_layer in range(0, layers, LAYERS_PER_LAUNCH):
             for first_image in range(0, batch, IMAGES_PER_LAUNCH):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from detr_fast.ops.matching_cost.types import PackedTargets, check_matching_inputs
+from detr_fast.ops.matching_cost.types import PackedTargets, PaddedTargets, check_matching_inputs
 
 
 class CrossEntropy(NamedTuple):
@@ -76,7 +76,7 @@ class SetLosses(NamedTuple):
 def check_set_loss_inputs(
     logits: Sequence[Tensor],
     boxes: Sequence[Tensor],
-    targets: PackedTargets,
+    targets: PackedTargets | PaddedTargets,
     query_of_target: Tensor,
     class_loss: ClassLoss,
     num_boxes: Tensor | float,
