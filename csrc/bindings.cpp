@@ -27,10 +27,11 @@
 
 namespace py = pybind11;
 
-void bind_attention(py::module_& m);  // bindings_attention.cpp
-void bind_conv(py::module_& m);       // bindings_conv.cpp
-void bind_conv_int8(py::module_& m);  // bindings_conv_int8.cpp
-void bind_criterion(py::module_& m);  // bindings_criterion.cpp
+void bind_attention(py::module_& m);           // bindings_attention.cpp
+void bind_conv(py::module_& m);                // bindings_conv.cpp
+void bind_conv_int8(py::module_& m);           // bindings_conv_int8.cpp
+void bind_criterion(py::module_& m);           // bindings_criterion.cpp
+void bind_transformer_layers(py::module_& m);  // bindings_transformer_layers.cpp
 
 namespace {
 
@@ -213,6 +214,7 @@ PYBIND11_MODULE(_C, m) {
     bind_attention(m);
     bind_conv(m);
     bind_conv_int8(m);
+    bind_transformer_layers(m);
     bind_criterion(m);
     m.def("mask_argmax_cpu", &mask_argmax_cpu);
     m.def("mask_loss_cpu", &mask_loss_cpu);

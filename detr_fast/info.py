@@ -28,6 +28,7 @@ from detr_fast.ops.relu_dropout.api import OP as RELU_DROPOUT
 from detr_fast.ops.residual_block.api import OP as RESIDUAL_BLOCK
 from detr_fast.ops.set_criterion.api import OP as SET_CRITERION
 from detr_fast.ops.set_loss.api import OP as SET_LOSS
+from detr_fast.ops.transformer_layers.api import OP as TRANSFORMER_LAYERS
 
 OPS = (
     ATTENTION,
@@ -46,6 +47,7 @@ OPS = (
     CONV_INT8,
     CONV_MAX_POOL,
     RESIDUAL_BLOCK,
+    TRANSFORMER_LAYERS,
     MASK_THRESHOLD,
 )
 

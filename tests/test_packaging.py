@@ -103,6 +103,10 @@ tokens, offsets = torch.ones(3, 1, 16), TokenOffsets.of([1, 2], "cpu")
 masks = torch.stack([torch.eye(2), 1 - torch.eye(2)])
 places = Places.of(np.arange(2), 2, 2)
 maps, packed = torch.ones(1, 2, 6, 6), PackedConv.of(torch.ones(1, 2, 1, 1), None)
+linear, norm = PackedConv.of(torch.zeros(4, 4, 1, 1), torch.zeros(4)), Norm(torch.ones(4), torch.ones(4), 1e-5)
+both = PackedConv.of(torch.zeros(8, 4, 1, 1), torch.zeros(8))
+layer = DecoderLayer(both, linear, linear, norm, linear, linear, norm, linear, linear, norm)
+layers = TransformerLayers(1, (), (layer,), linear, linear, norm)
 block = FrozenConv(torch.ones(2, 2, 1, 1), torch.ones(2), torch.zeros(2))
 runs = {
     "add_layer_norm": lambda: bool((add_layer_norm(tokens[0], -tokens[0], torch.ones(16), torch.ones(16)) == 1).all()),
@@ -114,6 +118,7 @@ runs = {
     "conv": lambda: conv(maps, packed).flatten().tolist() == [2.0] * 36,
     "conv_max_pool": lambda: conv_max_pool(maps, packed).flatten().tolist() == [2.0] * 9,
     "residual_block": lambda: residual_block(maps, [block]).flatten().tolist() == [3.0] * 72,
+    "transformer_layers": lambda: bool((transformer_layers(*[torch.ones(3, 4)] * 3, layers, offsets)[0] == 1).all()),
     "set_criterion": lambda: abs(set_criterion(logits, boxes, targets, num_boxes=1).losses.loss_giou.item()) < 1e-6,
     "attention": lambda: bool((attention(tokens, tokens, tokens, offsets, offsets) == 1).all()),
     "assignment": lambda: assignment(costs, [2]).tolist() == [[1, 0]],

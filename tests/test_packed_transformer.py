@@ -14,6 +14,10 @@ from torch import Tensor, nn
 
 from detr_fast import Transformer, optimize
 from detr_fast.models.packed_transformer import PackedDecoder, PackedLinear, pack_transformer
+from detr_fast.ops import _native, transformer_layers
+
+WHY_NOT = _native.load().why_not
+needs_native = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 
 
 def packed(model: Transformer) -> Transformer:
@@ -82,3 +86,74 @@ def test_optimize_packs_it_in_float32_without_a_compiler() -> None:
     assert not isinstance(model.transformer.decoder, PackedDecoder)
     for other in (optimize(model, dtype=torch.bfloat16), optimize(model, compile=True), optimize(model.double())):
         assert not isinstance(other.transformer.decoder, PackedDecoder)
+
+
+def wide(**options) -> Transformer:
+    """A transformer of a width that native code takes all layers of at once."""
+    return randomised(Transformer(64, 2, 2, 2, 128, return_intermediate_dec=True, **options)).requires_grad_(False)
+
+
+def wide_inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    src, mask, query_embed, pos = inputs()
+    return src.repeat(1, 4, 1, 1), mask, query_embed.repeat(1, 4), pos.repeat(1, 4, 1, 1)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
+    """What calls of all layers at once return, from now on."""
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def counted(*arguments, **options) -> tuple[Tensor, Tensor]:
+        found.append(transformer_layers(*arguments, **options))
+        return found[-1]
+
+    monkeypatch.setattr("detr_fast.models.packed_transformer.transformer_layers", counted)
+    return found
+
+
+@needs_native
+@pytest.mark.parametrize("last_alone", [False, True])
+def test_all_layers_at_once(calls: list[tuple[Tensor, Tensor]], last_alone: bool) -> None:
+    errors = torch.zeros(2, dtype=torch.float64)
+    for _ in range(3):
+        plain, arguments = wide().eval(), wide_inputs()
+        plain.decoder.return_intermediate = not last_alone
+        exact = answers(copy.deepcopy(plain).double(), arguments, torch.float64)
+        for place, model in enumerate((packed(plain), plain)):
+            errors[place] += sum((a - b).square().sum() for a, b in zip(answers(model, arguments), exact, strict=True))
+    ours, theirs = errors.sqrt()
+    assert len(calls) == 3 and 0 < ours <= 2 * theirs
+
+
+@needs_native
+def test_unusual_ones_go_layer_by_layer(calls: list[tuple[Tensor, Tensor]]) -> None:
+    arguments = wide_inputs()
+    other_eps = wide()
+    other_eps.encoder.layers[0].norm1.eps = 0.1
+    for plain in (wide(normalize_before=True), wide(activation="gelu"), other_eps):
+        expected = answers(plain.eval(), arguments)
+        torch.testing.assert_close(answers(packed(plain), arguments), expected, rtol=1e-4, atol=1e-4)
+    assert not calls
+
+
+@needs_native
+def test_hooks_inside_are_called(calls: list[tuple[Tensor, Tensor]]) -> None:
+    fast, arguments, seen = packed(wide()), wide_inputs(), []
+    handle = fast.decoder.layers[-1].multihead_attn.register_forward_pre_hook(lambda *_: seen.append(1))
+    slow = answers(fast, arguments)
+    assert seen and not calls
+    handle.remove()
+    torch.testing.assert_close(answers(fast, arguments), slow, rtol=1e-4, atol=1e-4)
+    assert len(seen) == len(calls) == 1
+
+
+@needs_native
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_run_all_layers_at_once(copied, calls: list[tuple[Tensor, Tensor]]) -> None:
+    fast, arguments = packed(wide()), wide_inputs()
+    expected = answers(fast, arguments)
+    torch.testing.assert_close(answers(copied(fast), arguments), expected, rtol=0, atol=0)
+    assert len(calls) == 2
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: answers(fast, arguments), range(8)):
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -1,8 +1,9 @@
-"""A transformer for inference on a CPU: linear layers whose weights are packed once, with the ReLU inside them."""
+"""A transformer for inference on a CPU: weights that are packed once, and all layers in one call where that can be."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,13 +11,24 @@ from torch import Tensor, nn
 from detr_fast.models.attention import Heads, MultiHeadAttention
 from detr_fast.models.feed_forward import ACTIVATIONS
 from detr_fast.models.packed_resnet import applied
+from detr_fast.models.tokens import TokenLayout
 from detr_fast.models.transformer import (
     Transformer,
     TransformerDecoder,
     TransformerDecoderLayer,
     TransformerEncoderLayer,
 )
-from detr_fast.ops import PackedConv, conv, pack_conv
+from detr_fast.ops import (
+    DecoderLayer,
+    EncoderLayer,
+    Norm,
+    PackedConv,
+    TransformerLayers,
+    conv,
+    pack_conv,
+    transformer_layers,
+)
+from detr_fast.ops.transformer_layers.api import fits_native
 
 
 class PackedLinear(nn.Module):
@@ -111,6 +123,78 @@ class PackedDecoder(TransformerDecoder):
         return list(zip(keys.unbind(1), values.unbind(1), strict=True))
 
 
+class PackedTransformer(Transformer):
+    """A transformer whose layers run in one call, where the kernel for that takes them as they are."""
+
+    def run_layers(self, x: Tensor, pos: Tensor, query_pos: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
+        if layout.offsets is not None and layout.padding is None and self._is_usual() and not _has_hooks(self):
+            layers = self._layers()
+            if fits_native(x, layers):
+                every = self.decoder.return_intermediate
+                return transformer_layers(x, pos, query_pos, layers, layout.offsets, every_layer=every)
+        return super().run_layers(x, pos, query_pos, layout)
+
+    def _is_usual(self) -> bool:
+        """Norms after residuals, of one kind, and ReLU."""
+        layers = [*self.encoder.layers, *self.decoder.layers]
+        norms = {m.eps if type(m) is nn.LayerNorm else None for m in _norms(self)}
+        usual = all(layer.activation is _as_it_is and not layer.normalize_before for layer in layers)
+        return usual and self.encoder.norm is None and len(norms) == 1 and None not in norms
+
+    def _layers(self) -> TransformerLayers:
+        decoder = self.decoder
+        assert isinstance(decoder, PackedDecoder)
+        encoder_layers = tuple(_packed_encoder_layer(layer) for layer in self.encoder.layers)
+        decoder_layers = tuple(_packed_decoder_layer(layer) for layer in decoder.layers)
+        keys, values = decoder.keys.packed, decoder.values.packed
+        return TransformerLayers(decoder.num_heads, encoder_layers, decoder_layers, keys, values, _norm(decoder.norm))
+
+
+def _has_hooks(transformer: Transformer) -> bool:
+    """Whether somebody looks on inside, which has to go layer by layer then."""
+    parts = (*transformer.encoder.modules(), *transformer.decoder.modules())
+    return any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+
+
+def _norms(transformer: Transformer) -> list[nn.Module]:
+    layers = [*transformer.encoder.layers, *transformer.decoder.layers]
+    return [transformer.decoder.norm, *(m for layer in layers for name, m in layer.named_children() if "norm" in name)]
+
+
+def _norm(norm: nn.Module) -> Norm:
+    assert isinstance(norm, nn.LayerNorm)
+    return Norm(norm.weight, norm.bias, norm.eps)
+
+
+def _packed_encoder_layer(layer: Any) -> EncoderLayer:
+    own = layer.self_attn
+    return EncoderLayer(
+        own.query_and_key.packed,
+        own.value.packed,
+        own.out_proj.packed,
+        _norm(layer.norm1),
+        layer.linear1.packed,
+        layer.linear2.packed,
+        _norm(layer.norm2),
+    )
+
+
+def _packed_decoder_layer(layer: Any) -> DecoderLayer:
+    own, cross = layer.self_attn, layer.multihead_attn
+    return DecoderLayer(
+        own.query_and_key.packed,
+        own.value.packed,
+        own.out_proj.packed,
+        _norm(layer.norm1),
+        cross.query.packed,
+        cross.out_proj.packed,
+        _norm(layer.norm2),
+        layer.linear1.packed,
+        layer.linear2.packed,
+        _norm(layer.norm3),
+    )
+
+
 def packed_weights(transformer: Transformer) -> list[Tensor]:
     """The weights of which ``pack_transformer`` leaves nothing in the transformer; none where it does nothing."""
     weight = next(transformer.parameters())
@@ -129,6 +213,7 @@ def pack_transformer(transformer: Transformer) -> None:
         layer.self_attn = PackedSelfAttention(layer.self_attn)
         _pack_feed_forward(layer)
     transformer.decoder = PackedDecoder(transformer.decoder)
+    transformer.__class__ = PackedTransformer  # so that whoever holds it has the packed one
     transformer.eval()
 
 

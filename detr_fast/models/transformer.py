@@ -277,8 +277,13 @@ class Transformer(nn.Module):
         tokens = layout.pack(src)
         if torch.is_autocast_enabled(src.device.type):
             tokens = tokens.float()  # as a layer norm's result is then: residuals are summed in float32
-        memory, memory_pos = self.encoder(tokens, layout.pack(pos_embed), layout)
-        return self.decoder(memory, memory_pos, query_embed, layout), layout.unpack(memory)
+        hs, memory = self.run_layers(tokens, layout.pack(pos_embed), query_embed, layout)
+        return hs, layout.unpack(memory)
+
+    def run_layers(self, x: Tensor, pos: Tensor, query_pos: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
+        """Tokens [N, D] of ``layout`` and their positions to hs and the memory [N, D]."""
+        memory, memory_pos = self.encoder(x, pos, layout)
+        return self.decoder(memory, memory_pos, query_pos, layout), memory
 
 
 def _residual_norm(

@@ -34,19 +34,23 @@ from detr_fast.ops.relu_dropout import relu_dropout
 from detr_fast.ops.residual_block import FrozenConv, residual_block
 from detr_fast.ops.set_criterion import MatchedLosses, set_criterion
 from detr_fast.ops.set_loss import CrossEntropy, Focal, SetLosses, Varifocal, set_loss
+from detr_fast.ops.transformer_layers import DecoderLayer, EncoderLayer, Norm, TransformerLayers, transformer_layers
 
 __all__ = [
     "AssignmentOutcome",
     "AssignmentReport",
     "CostWeights",
     "CrossEntropy",
+    "DecoderLayer",
     "Dropout",
+    "EncoderLayer",
     "Focal",
     "FrozenConv",
     "MaskLosses",
     "MatchedLosses",
     "Matching",
     "MatchingCost",
+    "Norm",
     "PackedBlock",
     "PackedBlocks",
     "PackedConv",
@@ -57,6 +61,7 @@ __all__ = [
     "SetLosses",
     "Steps",
     "TokenOffsets",
+    "TransformerLayers",
     "Varifocal",
     "add_layer_norm",
     "assignment",
@@ -85,5 +90,6 @@ __all__ = [
     "set_loss",
     "solve_assignment",
     "to_bytes",
+    "transformer_layers",
     "xyxy_to_cxcywh",
 ]

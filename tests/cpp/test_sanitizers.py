@@ -34,6 +34,12 @@ PROGRAMS = {
     "mask_places_test": ["csrc/cpu/mask_argmax.cpp", "csrc/cpu/mask_threshold.cpp", "csrc/cpu/thread_pool.cpp"],
     "add_layer_norm_test": ["csrc/cpu/add_layer_norm.cpp", "csrc/cpu/thread_pool.cpp"],
     "relu_dropout_test": ["csrc/cpu/relu_dropout.cpp", "csrc/cpu/thread_pool.cpp"],
+    "transformer_layers_test": [
+        "csrc/cpu/thread_pool.cpp",
+        "csrc/cpu/transformer_layers.cpp",
+        "csrc/cpu/widths.cpp",
+        "csrc/result_memory.cpp",
+    ],
     "winograd_test": [
         "csrc/cpu/conv_pack.cpp",
         "csrc/cpu/thread_pool.cpp",
@@ -43,7 +49,8 @@ PROGRAMS = {
 }
 # Unrolled for three widths of vectors and looked at everywhere, attention takes GCC two minutes, the others one.
 UNLIKELY = "-fno-sanitize=null,alignment,object-size,pointer-overflow"
-SPARED = dict.fromkeys(["attention_test", "conv_test", "winograd_test"], ["-DDETR_FAST_ONE_TARGET", UNLIKELY])
+UNROLLED = ["attention_test", "conv_test", "transformer_layers_test", "winograd_test"]
+SPARED = dict.fromkeys(UNROLLED, ["-DDETR_FAST_ONE_TARGET", UNLIKELY])
 SANITIZERS = {
     "address and undefined": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-O1", "-g", "-fsanitize=thread"],
