@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from detr_fast.bench import compare, growth, page, tables
+from detr_fast.bench import compare, figures, growth, page, tables
 from detr_fast.bench.findings import read_findings
 from detr_fast.bench.results import format_seconds, read_all
 
@@ -118,7 +118,28 @@ def test_the_page_says_how_long_all_of_it_took(tmp_path):
     files.append(write(tmp_path, "old", contests))
     files.append(write(tmp_path, "half", contests, elapsed_seconds=1, finished=False))
     text = page.render(read_all(files))
-    assert "not recorded" in text and '<td>1 s <span class="refused">cut short</span></td>' in text
+    assert (
+        "not in it, because it was not recorded: old<" in text
+        and '<td>1 s <span class="refused">cut short</span></td>' in text
+    )
+
+
+def test_another_setting_of_ours_is_ours(tmp_path):
+    rows = [entry(name, s, 0.4 / s) for name, s in (("detr_fast", 0.4), ("openvino", 0.3), ("detr_fast-int8", 0.2))]
+    alone, theirs = [entry("original", 1.0, 1.0), entry("detr_fast", 0.4, 2.5)], [entry("original", 1.0, 1.0)]
+    contests = {"inference in int8": rows, "inference": alone, "inference of theirs": theirs}
+    text = page.render(read_all([write(tmp_path, "cpu", contests)]))
+    assert "inference in int8: detr_fast-int8 200 ms, 2.0 times as fast as detr_fast<" in text
+    assert '<tr class="ours"><td>detr_fast-int8</td>' in text and '<tr class=""><td>openvino</td>' in text
+    assert "inference in int8, to detr_fast<" in text and "inference, to original<" in text
+
+
+def test_a_disturbed_contest_leaves_the_plot_its_scale(tmp_path):
+    wild = entry("total", 0.1, 10.0) | {"seconds": [1e-9, 0.1, 0.1, 0.1, 1e9]}
+    contests = {"loss": [entry("original", 1.0, 1.0), wild]}
+    (results,) = read_all([write(tmp_path, "cpu", contests)])
+    assert results.contests["loss"][1].ratio_spread[1] > 1e9
+    assert re.search(r">20<", figures.ratios(results.contests)) is None, "the axis ends at 15"
 
 
 def test_a_quick_run_is_only_mentioned(tmp_path):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from detr_fast.bench.growth import Curve, fit
 from detr_fast.bench.results import Contests, Row, format_seconds
-from detr_fast.bench.tables import OURS
+from detr_fast.bench.tables import OURS, is_ours
 from detr_fast.plots import BLUE, GREEN, ORANGE, PINK, RED, SKY
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 GREY, LIGHT = "#6b7280", "#d1d5db"
 # The same in every plot. Those that share a colour never meet.
 OUR_COLORS = dict(zip(OURS, (BLUE, SKY, GREEN, "#84cc16", SKY, RED, BLUE, GREEN, SKY), strict=True))
+OUR_OTHER_COLORS = ("#1e3a8a", "#6366f1", "#0e7490")
 OTHER_COLORS = (GREY, ORANGE, PINK, "#a16207", "#7c3aed", "#0f766e", "#9f1239", "#475569")
 PART_COLORS = (BLUE, SKY, GREEN, ORANGE, RED, PINK, "#a16207", "#7c3aed", GREY)
 OTHER_MARKERS = "sD^vP*X<>ph"
@@ -38,15 +39,23 @@ def ratios(contests: Contests) -> str:
         middle = [row.ratio for row in rows]
         lower = [max(0.0, row.ratio - row.ratio_spread[0]) for row in rows]
         upper = [max(0.0, row.ratio_spread[1] - row.ratio) for row in rows]
-        size = 7 if name in OURS else 4.5
+        size = 7 if is_ours(name) else 4.5
         axes.errorbar(middle, places, xerr=(lower, upper), fmt=marker, color=color, markersize=size, label=name)
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set(xscale="log", yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6))
-    axes.set_xlabel(f"times as fast as {' or '.join(sorted({rows[0].name for rows in contests.values()}))}")
+    firsts = {rows[0].name for rows in contests.values()}
+    labels = names if len(firsts) == 1 else [f"{name}, to {contests[name][0].name}" for name in names]
+    axes.set(xscale="log", yticks=range(len(names)), yticklabels=labels, ylim=(len(names) - 0.4, -0.6))
+    axes.set_xlim(*_wide_enough([row.ratio for rows in contests.values() for row in rows if not row.is_floor]))
+    axes.set_xlabel(f"times as fast as {firsts.pop()}" if len(firsts) == 1 else "times as fast as the one behind “to”")
     _plain_ticks(axes)
     axes.grid(axis="x", color=LIGHT, linewidth=0.6)
     figure.legend(loc="outside right upper", frameon=False)
     return _svg(figure)
+
+
+def _wide_enough(ratios: Sequence[float]) -> tuple[float, float]:
+    """Limits that all ratios are well within. What a disturbed contest's bars reach to would make the others small."""
+    return min(ratios) / 1.5, max(ratios) * 1.5
 
 
 def growth(curve: Curve) -> str:
@@ -96,10 +105,12 @@ def shares(parts: Contests) -> Contests:
 def _styles(contests: Iterable[Sequence[Row]]) -> dict[str, tuple[str, str]]:
     """Colour and marker of every contestant: ours as discs in strong colours."""
     names = list(dict.fromkeys(row.name for contest in contests for row in contest if not row.is_floor))
-    ours, others = [n for n in names if n in OURS], [n for n in names if n not in OURS]
+    ours, others = [n for n in names if is_ours(n)], [n for n in names if not is_ours(n)]
+    settings = [n for n in ours if n not in OURS]
     return {
         **{name: (OTHER_COLORS[i % 8], OTHER_MARKERS[i % 11]) for i, name in enumerate(others)},
-        **{name: (OUR_COLORS[name], "o") for name in ours},
+        **{name: (OUR_COLORS[name], "o") for name in ours if name in OURS},
+        **{name: (OUR_OTHER_COLORS[i % 3], "o") for i, name in enumerate(settings)},
     }
 
 

@@ -9,7 +9,7 @@ from detr_fast.bench import figures
 from detr_fast.bench.findings import Facts, Findings, Run
 from detr_fast.bench.growth import POINT, curves, fit
 from detr_fast.bench.results import Contests, Results, Row, format_bytes, format_ratio, format_seconds
-from detr_fast.bench.tables import NOT_MEASURED, OURS
+from detr_fast.bench.tables import NOT_MEASURED, is_ours
 
 STYLE = """
 :root { color-scheme: light; }
@@ -78,13 +78,17 @@ def _duration(seconds: int) -> str:
 
 def _together(results: Sequence[Results]) -> str:
     """How long the files of each machine took, but for quick runs, which measure what the others do."""
+    missing = [of.name for of in results if of.elapsed_seconds is None]
     totals: dict[str, int] = {}
     for of in results:
         if not of.is_quick and of.elapsed_seconds is not None:
-            machine = of.head["cpu"] + (f" and {of.head['gpu']}" if of.has_gpu else "")
+            cpu = of.head["cpu"].rsplit(", ", 1)[0]  # without the number of threads
+            machine = cpu + (f" and {of.head['gpu']}" if of.has_gpu else "")
             totals[machine] = totals.get(machine, 0) + of.elapsed_seconds
     lines = [f"{_text(machine)}: {_duration(seconds)} together" for machine, seconds in totals.items()]
-    return f"<p>{'<br>'.join(lines)}</p>" if lines else ""
+    if missing:
+        lines.append(f"not in it, because it was not recorded: {_text(', '.join(missing))}")
+    return f"<p>{'<br>'.join(lines)}</p>" if totals else ""
 
 
 def _gpu(results: Results) -> str:
@@ -175,10 +179,10 @@ def _contest(name: str, rows: Sequence[Row], skipped: dict[str, str]) -> str:
     head = ["", "median", "quartiles", "ratio", "in a rerun", "peak memory"]
     head += ["floor's share"] * with_floor + ["kernels", "waits"] * on_gpu
     body = [_cells(row, with_floor, on_gpu) for row in rows]
-    classes = ["floor" if row.is_floor else "ours" if row.name in OURS else "" for row in rows]
+    classes = ["floor" if row.is_floor else "ours" if is_ours(row.name) else "" for row in rows]
     absent = "; ".join(f"{_text(who)}: {_text(why)}" for who, why in skipped.items())
     note = f'<p class="absent">Did not take part: {absent}</p>' if absent else ""
-    best = max((row for row in rows if row.name in OURS), key=lambda row: row.ratio, default=rows[0])
+    best = max((row for row in rows[1:] if is_ours(row.name)), key=lambda row: row.ratio, default=rows[0])
     speed = f"{format_seconds(best.median)}, {format_ratio(best.ratio)} times as fast as {_text(rows[0].name)}"
     summary = f"{_text(name)}: {_text(best.name)} {speed}"
     return f"<details><summary>{summary}</summary>{_table(head, body, classes=classes)}{note}</details>"

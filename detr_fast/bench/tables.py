@@ -26,6 +26,11 @@ OURS = ("detr_fast", "match_layers", "native", "reference", "total", "triton", "
 NOT_MEASURED = "not measured"
 
 
+def is_ours(name: str) -> bool:
+    """Whether a contestant is this package's: one of OURS, or "detr_fast" in another setting, such as a precision."""
+    return name in OURS or name.startswith("detr_fast")
+
+
 def fill_tables(text: str, results: Sequence[Results]) -> str:
     """The text with every table between markers written anew.
 
@@ -84,5 +89,5 @@ def _cell(column: str, rows: dict[str, Row] | None) -> str:
 
 def _find(name: str, rows: dict[str, Row]) -> Row:
     if name == "best other":
-        return min((r for r in rows.values() if not r.is_floor and r.name not in OURS), key=lambda row: row.median)
+        return min((r for r in rows.values() if not r.is_floor and not is_ours(r.name)), key=lambda row: row.median)
     return rows[name]
