@@ -187,7 +187,7 @@ class GraphedStep(OurStep):
 
     def __init__(self, model: nn.Module, samples: Samples) -> None:
         super().__init__(model, samples)
-        self.graphs = graphed_step.GraphedStep(self._on_device, self.optimizer)
+        self.graphs = graphed_step.GraphedStep(self._on_device, self.optimizer, held=self.criterion.held)
 
     def run(self) -> Step:
         with self.graphs.turn():

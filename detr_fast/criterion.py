@@ -103,6 +103,10 @@ class SetCriterion(nn.Module):
         layers = [outputs, *outputs.get("aux_outputs", ())]
         return self._losses_at_once(layers, (), targets, self._num_boxes(outputs["pred_logits"], targets))
 
+    def held(self) -> list[Tensor]:
+        """What ``of_padded`` and ``total`` read besides their arguments: a graph of them reads it where it lies now."""
+        return [self.empty_weight, *([] if self._weights is None else [self._weights[1]])]
+
     def total(self, losses: Mapping[str, Tensor]) -> Tensor:
         """The sum of ``losses`` weighted by ``weight_dict``: what a training loop minimises.
 

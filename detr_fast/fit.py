@@ -11,7 +11,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -188,7 +188,8 @@ class _Loop:
         reason = why_not_graphed(self.device, self.criterion)
         if reason is not None:
             raise ValueError(f"cuda_graph cannot be used here: {reason}")
-        return GraphedStep(self._update_on_device, self.state.optimizer)
+        criterion = cast(SetCriterion, self.criterion)  # others have a reason
+        return GraphedStep(self._update_on_device, self.state.optimizer, held=criterion.held)
 
     def run_epoch(self, epoch: int) -> EpochReport:
         self.forward.train()

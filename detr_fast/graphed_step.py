@@ -56,10 +56,10 @@ class GraphedStep:
     its second one runs as it is in the graph's memory, which compiles kernels and makes the optimizer's state; its
     third one is captured. From ``most`` sizes on, further ones are left to the caller.
 
-    Learning rates are read on the device, so that a schedule goes on; all other numbers (the optimizer's options, the
-    weights of losses) are those of the capture. Gradients exist in a graph alone, and all graphs share the memory for
-    them and for activations. Dropout draws from torch's generator, whose state graphs advance: every replay drops other
-    elements. Where weights or the optimizer's state lie somewhere else than before, graphs are captured anew.
+    Learning rates are read on the device, so that a schedule goes on; other options of the optimizer and of ``update``
+    are those of the capture. Gradients exist in a graph alone, and all graphs share the memory for them and for
+    activations. Dropout draws from torch's generator, whose state graphs advance: every replay drops other elements.
+    Where weights, the optimizer's state or what is ``held`` lie somewhere else than before, graphs are captured anew.
 
     **It has not run on a GPU yet, and its speed is not measured**: its tests put a stand-in in place of the capture.
 
@@ -67,6 +67,7 @@ class GraphedStep:
         update: does it all, in place and without a wait; it may look at the shapes of its arguments and at nothing
             else of them, and begins and ends without gradients.
         optimizer: the one that ``update`` steps: fused, and of one device.
+        held: what ``update`` reads besides, where that may come to lie somewhere else.
         capture: makes of a function, which has been called before, one that does the same with what then lies in the
             memory that it uses; ``GraphPool.capture``.
     """
@@ -76,16 +77,18 @@ class GraphedStep:
         update: Callable[[ImageBatch, PaddedTargets], Update],
         optimizer: torch.optim.Optimizer,
         *,
+        held: Callable[[], Sequence[Tensor]] = tuple,
         multiple: int = GRAPH_MULTIPLE,
         most: int = MOST_GRAPHS,
         capture: Capture | None = None,
     ) -> None:
-        self.update, self.optimizer = update, optimizer
+        self.update, self.optimizer, self.held = update, optimizer, held
         self.multiple, self.most = multiple, most
         self.device = next(p for group in optimizer.param_groups for p in group["params"]).device
         # One stream for every update, captured or not: autograd adds gradients up on the stream that it first saw.
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self.capture = capture or self._capture_in(GraphPool())
+        self.pool = GraphPool()
+        self.capture: Capture = capture or (lambda run: self.pool.capture(run, self.stream))
         self.rates = _Rates(optimizer, self.device)
         self.seen: set[tuple[Any, ...]] = set()
         self.sizes: dict[tuple[Any, ...], _Size] = {}
@@ -152,15 +155,13 @@ class GraphedStep:
     def _forget_if_moved(self) -> None:
         parameter = self.optimizer.param_groups[0]["params"][0]
         state = self.optimizer.state.get(parameter, {}).values()
-        place = (parameter.data_ptr(), *(x.data_ptr() for x in state if isinstance(x, Tensor)))
+        place = tuple(x.data_ptr() for x in (parameter, *state, *self.held()) if isinstance(x, Tensor))
         if place != self._place and self.sizes:
             if self.stream is not None:
                 self.stream.synchronize()  # a meant wait: a graph that still runs must not be deleted
             self.sizes.clear()
+            self.pool = GraphPool()
         self._place = place
-
-    def _capture_in(self, pool: GraphPool) -> Capture:
-        return lambda run: pool.capture(run, self.stream)
 
 
 class StaticBatch:

@@ -40,8 +40,8 @@ def test_training(amp: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     data = [sample for side in SIDES for count in counts for sample in samples(list(count), side)]
     steps: list[GraphedStep] = []
 
-    def step(*arguments: Any) -> GraphedStep:
-        steps.append(GraphedStep(*arguments, multiple=64))
+    def step(*arguments: Any, **held: Any) -> GraphedStep:
+        steps.append(GraphedStep(*arguments, **held, multiple=64))
         return steps[0]
 
     monkeypatch.setattr(fit_module, "GraphedStep", step)
