@@ -59,38 +59,6 @@ void place_tile(const Layer& layer, int64_t first, int64_t count, int64_t rows, 
     }
 }
 
-// Fetches the pixels that the next tile multiplies, in one piece, and the rows of the result that it goes to.
-class NextTile {
-  public:
-    DETR_FAST_INLINE NextTile(const float* x, int64_t x_floats, const float* out, int64_t row_step, int64_t row_floats,
-                              int64_t rows)
-        : x_(x),
-          x_end_(x + x_floats),
-          out_(out),
-          row_end_(out + row_floats),
-          row_step_(row_step),
-          row_floats_(row_floats),
-          rows_(rows) {}
-
-    DETR_FAST_INLINE void operator()() {
-        if (x_ < x_end_) prefetch(x_);
-        x_ += line;
-        if (rows_ == 0) return;
-        prefetch(out_);
-        out_ += line;
-        if (out_ < row_end_) return;
-        row_end_ += row_step_;
-        out_ = row_end_ - row_floats_;
-        --rows_;
-    }
-
-  private:
-    static constexpr int64_t line = 16;
-    const float *x_, *x_end_, *out_, *row_end_;
-    const int64_t row_step_, row_floats_;
-    int64_t rows_;
-};
-
 // Pixels [first, end) of the result, in some of its columns: for some taps at a time and a panel after the other, so
 // that what a panel holds for these taps meets all of the pixels while it is near.
 template <int Bytes>
@@ -182,8 +150,9 @@ class Block {
         for (int64_t r = 0; r < row_count; ++r) {
             const int64_t place = (pixel + r) * layer_.shape.out_channels + column;
             for (int64_t c = 0; c < column_count; ++c) {
-                float sum = tile[r * columns + c] + (is_first() ? bias[c] : 0.0f);
-                if (added != nullptr) sum += added[place + c];
+                float addend = is_first() ? bias[c] : 0.0f;
+                if (added != nullptr) addend += added[place + c];
+                const float sum = tile[r * columns + c] + addend;
                 const bool closed = layer_.gate != nullptr && layer_.gate[place + c] <= 0.0f;
                 const bool none = (layer_.relu && sum < 0.0f) || closed;
                 layer_.out[place + c] = is_last() && none ? 0.0f : sum;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "bottleneck.h"
 #include "winograd.h"
 
 namespace detr_fast {
@@ -31,6 +32,7 @@ struct Places {
     int64_t floats[2] = {0, 0};
 
     Places(const detr_fast_conv_block& block, detr_fast_map map) {
+        if (is_bottleneck(block, map)) return;
         for (int64_t i = 0; i + 1 < block.count; ++i) {
             const detr_fast_conv shape = shape_of(block.convs[i], map);
             floats[i % 2] = std::max(floats[i % 2], floats_after(shape));
@@ -53,6 +55,7 @@ void run(const detr_fast_packed_conv& conv, const detr_fast_map& map, const floa
 
 // x may be out where there is no shortcut: its last convolution reads and writes a pixel at once.
 void run(const detr_fast_conv_block& block, detr_fast_map map, const float* x, float* memory, float* out, int threads) {
+    if (is_bottleneck(block, map)) return run_bottleneck(block, map, x, out, threads);
     const Places places(block, map);
     const detr_fast_map of_x = map;
     const float* from = x;

@@ -78,6 +78,38 @@ class NextPanel {
     const int64_t step_;
 };
 
+// Fetches the pixels that the next tile multiplies, in one piece, and the rows of the result that it goes to.
+class NextTile {
+  public:
+    DETR_FAST_INLINE NextTile(const float* x, int64_t x_floats, const float* out, int64_t row_step, int64_t row_floats,
+                              int64_t rows)
+        : x_(x),
+          x_end_(x + x_floats),
+          out_(out),
+          row_end_(out + row_floats),
+          row_step_(row_step),
+          row_floats_(row_floats),
+          rows_(rows) {}
+
+    DETR_FAST_INLINE void operator()() {
+        if (x_ < x_end_) prefetch(x_);
+        x_ += line;
+        if (rows_ == 0) return;
+        prefetch(out_);
+        out_ += line;
+        if (out_ < row_end_) return;
+        row_end_ += row_step_;
+        out_ = row_end_ - row_floats_;
+        --rows_;
+    }
+
+  private:
+    static constexpr int64_t line = 16;
+    const float *x_, *x_end_, *out_, *row_end_;
+    const int64_t row_step_, row_floats_;
+    int64_t rows_;
+};
+
 // left[run * rows + r] is the address of `depth` numbers of row r; the runs follow one another in the depth of the
 // panel, of which `panel` is the tile's first column. The sums begin with start(r, v) and go to finish(r, v, sum); r
 // and v are constants. meanwhile() is called at every step in depth: it may fetch what later tiles read.

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 
 #include "../core/lsap.h"
@@ -48,6 +49,13 @@ class Scratch {
     size_t capacity_ = 0, largest_kept_;
     KeptMemory use_;
 };
+
+// Where as many floats begin, on a line of the cache.
+inline float* reserve_floats(Scratch& scratch, int64_t floats) {
+    constexpr uintptr_t line = 64;
+    unsigned char* const memory = scratch.reserve(static_cast<size_t>(floats) * sizeof(float) + line);
+    return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory) + line - 1) / line * line);
+}
 
 // Writes each target's query, -1 where there is none.
 template <typename Cost>

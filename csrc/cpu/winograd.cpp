@@ -6,6 +6,7 @@
 #include "solver.h"
 #include "thread_pool.h"
 #include "widths.h"
+#include "winograd_block.h"
 #include "winograd_patches.h"
 #include "winograd_weights.h"
 
@@ -14,18 +15,7 @@ namespace {
 
 using namespace winograd;
 
-float* aligned(unsigned char* memory) {
-    return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
-}
-
-float* reserve(Scratch& scratch, int64_t floats) {
-    return aligned(scratch.reserve(static_cast<size_t>(floats) * sizeof(float) + 64));
-}
-
 // ---- Few channels: weights are transformed once, and a thread takes some patches from their inputs to their outputs.
-
-// Transformed weights of 128 channels, 2.4 MB, are read from the second cache by every block of patches.
-constexpr int64_t most_weights = 640 * 1024;  // floats
 
 // Patches that a thread takes at once: 28 to 112 of 64 channels are equally fast.
 constexpr int64_t most_patches = 48;
@@ -41,26 +31,6 @@ int64_t blocks_of(int64_t patches, int64_t threads) {
     const int64_t wanted = (patches + most_patches - 1) / most_patches;
     return std::min(patches, (wanted + threads - 1) / threads * threads);
 }
-
-// Row after row of a panel's positions: [36, panels, channels, 64].
-struct WeightsTask {
-    const Layer& layer;
-    int64_t number;  // 6 * panel + row
-    float* weights;
-
-    template <int Bytes>
-    bool run() const {
-        const int64_t channels = layer.shape.channels, panel = number / inputs;
-        const int64_t position_step = packed_floats(channels, layer.shape.out_channels);
-        const float* const from = layer.packed + panel * 9 * channels * panel_columns;
-        float* const to = weights + panel * channels * panel_columns;
-        unrolled<inputs>([&](auto row) DETR_FAST_LAMBDA {
-            if (number % inputs != row) return;
-            transform_weights<Bytes, row>(from, channels, to + row * inputs * position_step, position_step);
-        });
-        return true;
-    }
-};
 
 // The memory holds 37 times position_floats: products of a position lie where the transformed inputs of the position
 // before did, so that both take little more than one.
@@ -79,46 +49,25 @@ struct BlockTask {
         for (int64_t i = first; i < end; ++i)
             transforms.inputs_of(i, transformed + (i - first) * padded(channels), step);
         for (int64_t position = 0; position < positions; ++position) {
-            multiply<Bytes>(transformed + position * step, weights + position * packed_floats(channels, out_channels),
-                            products + position * step);
+            multiply_position<Bytes>(layer.shape, end - first, transformed + position * step,
+                                     weights + position * packed_floats(channels, out_channels),
+                                     products + position * step);
         }
         for (int64_t i = first; i < end; ++i)
             transforms.outputs_of(i, products + (i - first) * padded(out_channels), step, 0, out_channels);
         return true;
     }
-
-    template <int Bytes>
-    DETR_FAST_INLINE void multiply(const float* left, const float* panel, float* to) const {
-        const int64_t channels = layer.shape.channels, left_step = padded(channels);
-        const int64_t count = end - first, tiles = (count + Tile<Bytes>::rows - 1) / Tile<Bytes>::rows;
-        const int64_t to_step = padded(layer.shape.out_channels);
-        for (int64_t k = 0; k < to_step; k += Tile<Bytes>::columns) {
-            const int64_t before = k / panel_columns * panel_columns, column = k - before;
-            const float* const right = panel + before * channels + column;
-            // Every tile of a panel fetches its part of the next one: layers of 64 channels take 4.4 ms then, not 4.9.
-            const int64_t parts = tiles * (panel_columns / Tile<Bytes>::columns);
-            for (int64_t tile = 0; tile < tiles; ++tile) {
-                const int64_t row = tile * count / tiles, rows = (tile + 1) * count / tiles - row;
-                const int64_t part = column / Tile<Bytes>::columns * tiles + tile;
-                const NextPanel fetch(panel + (before + panel_columns) * channels, channels, part, parts);
-                multiply_rows<Bytes>(rows, left + row * left_step, left_step, channels, right, to + row * to_step + k,
-                                     to_step, fetch);
-            }
-        }
-    }
 };
 
 void run_by_patches(const Layer& layer, int threads) {
     static thread_local Scratch of_weights;
-    const int64_t floats = positions * packed_floats(layer.shape.channels, layer.shape.out_channels);
-    float* const weights = reserve(of_weights, floats);
-    parallel_for(inputs * panels_of(layer.shape.out_channels), threads,
-                 [&](int64_t number) { with_widest_vectors(WeightsTask{layer, number, weights}); });
+    float* const weights = reserve_floats(of_weights, weights_floats(layer.shape));
+    transform_all_weights(layer.shape, layer.packed, weights, threads);
     const int64_t patches = Patches(layer.shape).count, blocks = blocks_of(patches, threads);
     parallel_for(blocks, threads, [&](int64_t block) {
         static thread_local Scratch scratch;
         const int64_t first = block * patches / blocks, end = (block + 1) * patches / blocks;
-        float* const memory = reserve(scratch, (positions + 1) * position_floats(layer.shape, end - first));
+        float* const memory = reserve_floats(scratch, (positions + 1) * position_floats(layer.shape, end - first));
         with_widest_vectors(BlockTask{layer, first, end, weights, memory});
     });
 }
@@ -222,7 +171,7 @@ void run_group(const Layer& layer, const Group& group, int threads) {
         static thread_local Scratch scratch;
         const int64_t panel = i / shares, share = i % shares;
         const int64_t first = share * group.count / shares, end = (share + 1) * group.count / shares;
-        float* const memory = reserve(scratch, PanelTask::memory_floats(layer, end - first));
+        float* const memory = reserve_floats(scratch, PanelTask::memory_floats(layer, end - first));
         with_widest_vectors(PanelTask{layer, group, panel, first, end, memory});
         scratch.release_if_large();
     });
@@ -236,7 +185,7 @@ void run_by_panels(const Layer& layer, int threads) {
     for (int64_t i = 0; i < groups; ++i) {
         const int64_t first = i * patches / groups, count = (i + 1) * patches / groups - first;
         const int64_t step = count * padded(layer.shape.channels) + 16;
-        run_group(layer, {first, count, step, reserve(scratch, positions * step)}, threads);
+        run_group(layer, {first, count, step, reserve_floats(scratch, positions * step)}, threads);
     }
     scratch.release_if_large();
 }
@@ -258,6 +207,5 @@ void detr_fast_winograd_cpu(const detr_fast_conv* shape, const float* x, const f
                             const float* residual, const float* gate, bool relu, float* out, int threads) {
     using namespace detr_fast;
     const Layer layer{*shape, x, packed, bias, residual, gate, relu, out};
-    const bool is_small = positions * packed_floats(shape->channels, shape->out_channels) <= most_weights;
-    is_small ? run_by_patches(layer, std::max(threads, 1)) : run_by_panels(layer, std::max(threads, 1));
+    has_few_channels(*shape) ? run_by_patches(layer, std::max(threads, 1)) : run_by_panels(layer, std::max(threads, 1));
 }

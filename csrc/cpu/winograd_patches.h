@@ -97,6 +97,26 @@ DETR_FAST_INLINE void transform_inputs(float* to, int64_t position_step, const P
     });
 }
 
+// finish(row, column, sum) for each of a patch's 4x4 outputs; products of a position lie `position_step` apart.
+template <int Bytes, typename Finish>
+DETR_FAST_INLINE void transform_products(const float* from, int64_t position_step, const Finish& finish) {
+    using Floats = typename Registers<Bytes>::Floats;
+    Floats rows[outputs][inputs];
+    unrolled<inputs>([&](auto column) DETR_FAST_LAMBDA {
+        Floats at[inputs], y[outputs];
+        unrolled<inputs>([&](auto row) DETR_FAST_LAMBDA {
+            at[row] = load_as<Floats>(from + (row * inputs + column) * position_step);
+        });
+        output_line(at, y);
+        unrolled<outputs>([&](auto row) DETR_FAST_LAMBDA { rows[row][column] = y[row]; });
+    });
+    unrolled<outputs>([&](auto row) DETR_FAST_LAMBDA {
+        Floats y[outputs];
+        output_line(rows[row], y);
+        unrolled<outputs>([&](auto column) DETR_FAST_LAMBDA { finish(row, column, y[column]); });
+    });
+}
+
 // Numbers of a patch's 36 positions lie `position_step` apart.
 template <int Bytes>
 class PatchTransforms {
@@ -121,9 +141,16 @@ class PatchTransforms {
             });
         }
         for (int64_t c = whole; c < shape_.channels; c += width) {
+            // Between the branches the compiler would round other products than where there are none.
+            alignas(64) float pixels[positions * width];
+            for (int64_t i = 0; i < positions; ++i) {
+                const int64_t row = i / inputs, column = i % inputs;
+                const float* const pixel = corner + row * row_step + column * column_step + c;
+                const bool is_there = inside || holds(top + row * d, left + column * d);
+                store_as(pixels + i * width, is_there ? load_first<Bytes>(pixel, shape_.channels - c) : Floats{});
+            }
             transform_inputs<Bytes>(to + c, position_step, [&](auto row, auto column) DETR_FAST_LAMBDA {
-                if (!inside && !holds(top + row * d, left + column * d)) return Floats{};
-                return load_first<Bytes>(corner + row * row_step + column * column_step + c, shape_.channels - c);
+                return load_as<Floats>(pixels + (row * inputs + column) * width);
             });
         }
     }
@@ -138,7 +165,7 @@ class PatchTransforms {
         for (int64_t k = first; k < end; k += width, from += width) {
             const Floats bias =
                 layer_.bias == nullptr ? Floats{} : load_first<Bytes>(layer_.bias + k, shape_.out_channels - k);
-            transform_products(from, position_step, [&](auto row, auto column, Floats y) DETR_FAST_LAMBDA {
+            transform_products<Bytes>(from, position_step, [&](auto row, auto column, Floats y) DETR_FAST_LAMBDA {
                 if (!holds(patch.top + row * d, patch.left + column * d)) return;
                 const int64_t pixel = corner + row * row_step + column * column_step + k;
                 y += bias;
@@ -153,24 +180,6 @@ class PatchTransforms {
     }
 
   private:
-    template <typename Finish>
-    DETR_FAST_INLINE void transform_products(const float* from, int64_t position_step, const Finish& finish) const {
-        Floats rows[outputs][inputs];
-        unrolled<inputs>([&](auto column) DETR_FAST_LAMBDA {
-            Floats at[inputs], y[outputs];
-            unrolled<inputs>([&](auto row) DETR_FAST_LAMBDA {
-                at[row] = load_as<Floats>(from + (row * inputs + column) * position_step);
-            });
-            output_line(at, y);
-            unrolled<outputs>([&](auto row) DETR_FAST_LAMBDA { rows[row][column] = y[row]; });
-        });
-        unrolled<outputs>([&](auto row) DETR_FAST_LAMBDA {
-            Floats y[outputs];
-            output_line(rows[row], y);
-            unrolled<outputs>([&](auto column) DETR_FAST_LAMBDA { finish(row, column, y[column]); });
-        });
-    }
-
     DETR_FAST_INLINE bool holds(int64_t y, int64_t x) const {
         return y >= 0 && x >= 0 && y < shape_.height && x < shape_.width;
     }

@@ -224,10 +224,6 @@ struct SumTask {
     }
 };
 
-float* aligned(unsigned char* memory) {
-    return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
-}
-
 void run_round(const Round& round, int threads) {
     parallel_for(round.count, threads, [&](int64_t i) { with_widest_vectors(TransformTask{round, i}); });
     const int64_t outs = round.grad_step(), groups = (outs + rows_at_once - 1) / rows_at_once;
@@ -235,8 +231,7 @@ void run_round(const Round& round, int threads) {
         const int64_t group = task / round.panels(), panel = task % round.panels();
         const int64_t first = group * outs / groups, end = (group + 1) * outs / groups;
         static thread_local Scratch scratch;
-        const auto floats = static_cast<size_t>(positions * SumTask::rows_of(end - first) * panel_columns);
-        float* sums = aligned(scratch.reserve(floats * sizeof(float) + 64));
+        float* sums = reserve_floats(scratch, positions * SumTask::rows_of(end - first) * panel_columns);
         with_widest_vectors(SumTask{round, first, end, panel, sums});
     });
 }
@@ -256,8 +251,7 @@ void detr_fast_winograd_weight_gradient_cpu(const detr_fast_conv* shape, const f
         const int64_t first = i * patches / rounds, count = (i + 1) * patches / rounds - first;
         Round round{*shape, x, grad, scale, of_weight, first, count, nullptr, nullptr, i > 0};
         const int64_t of_inputs = positions * round.input_positions(), of_grads = positions * round.grad_positions();
-        unsigned char* memory = scratch.reserve(static_cast<size_t>(of_inputs + of_grads) * sizeof(float) + 64);
-        round.inputs_at = aligned(memory);
+        round.inputs_at = reserve_floats(scratch, of_inputs + of_grads);
         round.grads_at = round.inputs_at + of_inputs;
         run_round(round, threads);
     }

@@ -39,10 +39,10 @@ STAGES = {
     "one column": Stage(1, 8, (61, 1), 16, 40),
     "first of a resnet": Stage(1, 64, (23, 37), 64, 256, 3),
     "a pixel more than patches": Stage(2, 64, (17, 21), 64, 128),
-    "several bands": Stage(1, 72, (45, 19), 64, 72, 2, has_shortcut=False),
-    "wide": Stage(1, 16, (9, 150), 64, 80),
+    "several bands": Stage(1, 128, (45, 19), 64, 128, 2, has_shortcut=False),
+    "several chunks": Stage(1, 16, (9, 150), 64, 128),
     "odd channels": Stage(2, 19, (18, 17), 21, 70),
-    "two panels between": Stage(1, 32, (19, 26), 128, 96),
+    "two panels between": Stage(3, 70, (19, 26), 128, 192),
     "many channels": Stage(1, 48, (18, 16), 256, 48, 2, has_shortcut=False),
     "stride 2": Stage(2, 24, (35, 33), 16, 48, 3, stride=2),
     "dilated": Stage(1, 16, (21, 19), 24, 40, 2, dilation=2),
@@ -152,7 +152,7 @@ def test_nan_stays() -> None:
 @needs_native
 def test_pickles_copies_and_threads_agree() -> None:
     x, blocks = case("several bands")
-    maps = [x, torch.randn_like(x), torch.randn(2, 72, 9, 30), torch.randn(1, 72, 1, 1)] * 3
+    maps = [x, torch.randn_like(x), torch.randn(2, 128, 9, 30), torch.randn(1, 128, 1, 1)] * 3
     expected = [conv_blocks(each, blocks) for each in maps]
     copies: list[Callable[[PackedBlocks], PackedBlocks]] = [lambda b: pickle.loads(pickle.dumps(b)), copy.deepcopy]
     for other in (blocks, *(copy_of(blocks) for copy_of in copies)):
@@ -213,19 +213,15 @@ def test_bad_input_is_refused() -> None:
 
 @needs_native
 def test_bad_memory_is_refused() -> None:
-    x, blocks = case("several bands")
+    x, blocks = case("basic")
     least = conv_blocks_memory(x, x.shape, blocks)
-    assert least is not None
-    for memory in (
-        torch.zeros(least - 1),
-        torch.zeros(least).double(),
-        torch.zeros(2 * least)[::2],
-        torch.zeros(least, 1),
-    ):
+    assert least is not None and least >= 2 * 16 * 19 * 22
+    wrong = torch.zeros(least - 1), torch.zeros(least).double(), torch.zeros(2 * least)[::2], torch.zeros(least, 1)
+    for memory in wrong:
         with pytest.raises(ValueError, match=f"memory must be contiguous torch.float32 of {least} numbers or more"):
             conv_blocks(x, blocks, memory=memory)
     both = torch.zeros(x.numel() + least)
-    out = both[: x.numel()].view(1, 45, 19, 72).permute(0, 3, 1, 2)
+    out = both[: x.numel()].view(2, 19, 22, 16).permute(0, 3, 1, 2)
     with pytest.raises(ValueError, match="memory must not share memory with out"):
         conv_blocks(x, blocks, out=out, memory=both[x.numel() - 1 :])
     with pytest.raises(ValueError, match="memory must not share memory with x"):

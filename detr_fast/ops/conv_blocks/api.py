@@ -33,7 +33,8 @@ def conv_blocks(
 ) -> Tensor:
     """The residual blocks of a stage of a ResNet, in inference.
 
-    What ``conv`` computes layer by layer, to the bit, without the 75 microseconds that a call of it takes from Python.
+    What ``conv`` computes layer by layer, to the bit, without the 75 microseconds that a call of it takes from Python,
+    and where it pays a few pixels at a time through a whole block, see csrc/cpu/bottleneck.h.
 
     Args:
         x: [B, C, H, W] float.
