@@ -216,3 +216,25 @@ RESNET50_LAYERS = tuple(
         ConvShape(f"layer{number} 1x1 up", width, size, 4 * width, residual=True),
     )
 ) + (ConvShape("dilated layer4 3x3", 512, _AT_16, 512, 3, dilation=2),)
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """A bottleneck block of a ResNet; ``size`` is its input's, ``channels`` come in, four times ``planes`` go out."""
+
+    name: str
+    channels: int
+    planes: int
+    size: tuple[int, int]
+    stride: int = 1
+    batch: int = len(TRAIN_STEP.targets)
+
+
+# One of each stage for the images of TRAIN_STEP, and one that halves its map.
+RESNET50_BLOCKS = (
+    *(
+        BlockShape(f"layer{n} {640 >> n + 1}x{640 >> n + 1}", 128 << n, 32 << n, (640 >> n + 1, 640 >> n + 1))
+        for n in (1, 2, 3, 4)
+    ),
+    BlockShape("layer3 first 80x80", 512, 256, (80, 80), stride=2),
+)

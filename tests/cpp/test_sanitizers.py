@@ -45,6 +45,7 @@ PROGRAMS = {
         "csrc/cpu/thread_pool.cpp",
         "csrc/cpu/widths.cpp",
         "csrc/cpu/winograd.cpp",
+        "csrc/cpu/winograd_weight_gradient.cpp",
     ],
 }
 # Unrolled for three widths of vectors and looked at everywhere, attention takes GCC two minutes, the others one.

@@ -1,5 +1,5 @@
-// csrc/cpu/winograd.cpp under sanitizers, in arrays that are no larger than they have to be, by several callers at
-// once, against sums as they are defined. Exits with 0 where all is well.
+// csrc/cpu/winograd.cpp and winograd_weight_gradient.cpp under sanitizers, in arrays that are no larger than they have
+// to be, by several callers at once, against sums as they are defined. Exits with 0 where all is well.
 
 #include "winograd.h"
 
@@ -70,6 +70,36 @@ struct Layer {
         return total;
     }
 
+    // Of the output's gradient, for which the residual stands.
+    Floats weight_gradient(int threads) const {
+        Floats gradient(weight.size(), NAN);
+        const detr_fast_conv sizes = shape();
+        detr_fast_winograd_weight_gradient_cpu(&sizes, input.data(), residual.data(),
+                                               size.with_bias ? bias.data() : nullptr, gradient.data(), threads);
+        return gradient;
+    }
+
+    void check_weight_gradient(const Floats& gradient) const {
+        std::vector<double> expected(gradient.size());
+        for (int64_t i = 0; i < static_cast<int64_t>(residual.size()); ++i) {
+            const int64_t k = i % size.outputs, pixel = i / size.outputs, x = pixel % size.width;
+            const int64_t image = pixel / size.width / size.height, y = pixel / size.width % size.height;
+            for (int64_t tap = 0; tap < 9; ++tap) {
+                const int64_t row = y + (tap / 3 - 1) * size.dilation, column = x + (tap % 3 - 1) * size.dilation;
+                if (row < 0 || column < 0 || row >= size.height || column >= size.width) continue;
+                const float* from = &input[((image * size.height + row) * size.width + column) * size.channels];
+                double* to = &expected[k * size.channels * 9 + tap];
+                for (int64_t c = 0; c < size.channels; ++c) to[c * 9] += double(from[c]) * residual[i];
+            }
+        }
+        const double tolerance = 1e-5 * std::sqrt(double(size.images * size.height * size.width));
+        for (size_t i = 0; i < gradient.size(); ++i) {
+            const double factor = size.with_bias ? bias[i / (size.channels * 9)] : 1.0;
+            const double allowed = tolerance * std::max(1.0, std::abs(factor));
+            require(std::abs(gradient[i] - factor * expected[i]) <= allowed, "gradients are the sums that define them");
+        }
+    }
+
     void check(const Floats& output) const {
         const double tolerance = 1e-5 * std::sqrt(9.0 * size.channels);
         for (int64_t i = 0; i < static_cast<int64_t>(output.size()); ++i) {
@@ -88,6 +118,9 @@ void run(const Case& c) {
     layer.check(output);
     const bool same = std::memcmp(output.data(), again.data(), output.size() * sizeof(float)) == 0;
     require(same, "the number of threads changes no bit");
+    const Floats gradient = layer.weight_gradient(1);
+    layer.check_weight_gradient(gradient);
+    require(gradient == layer.weight_gradient(3), "nor one of the gradient");
 }
 
 void run_all() {
@@ -110,4 +143,5 @@ int main() {
     other.join();
     const Layer none({0, 8, 8, 4, 4, 1, true, true, true});
     require(none.run(2).empty(), "no image, no output");
+    for (const float x : none.weight_gradient(2)) require(x == 0, "and no gradient");
 }
