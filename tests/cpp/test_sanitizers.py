@@ -41,6 +41,8 @@ PROGRAMS = {
         "csrc/result_memory.cpp",
     ],
     "winograd_test": [
+        "tests/cpp/bottleneck_test.cpp",
+        "csrc/cpu/bottleneck.cpp",
         "csrc/cpu/conv_pack.cpp",
         "csrc/cpu/thread_pool.cpp",
         "csrc/cpu/widths.cpp",

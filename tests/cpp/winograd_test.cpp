@@ -137,10 +137,13 @@ void run_all() {
 
 }  // namespace
 
+void test_bottlenecks();  // bottleneck_test.cpp
+
 int main() {
     std::thread other(run_all);
     run_all();
     other.join();
+    test_bottlenecks();
     const Layer none({0, 8, 8, 4, 4, 1, true, true, true});
     require(none.run(2).empty(), "no image, no output");
     for (const float x : none.weight_gradient(2)) require(x == 0, "and no gradient");
