@@ -29,6 +29,7 @@ RUNTIMES = ("original", "onnxruntime", "openvino", "detr_fast")
 NOT_COUNTED = ("onnxruntime", "openvino")
 # Minutes go by until it is compiled.
 COMPILED = ("original", "transformers", "torch.compile", "detr_fast")
+PRECISIONS = ("detr_fast", "detr_fast-bf16", "detr_fast-int8")
 SMALL = InferenceShape(SMALL_IMAGE)
 # Ratios refer to the first.
 MALLOCS = ("original, tuned malloc", "detr_fast, tuned malloc", "original", "detr_fast")
@@ -55,10 +56,10 @@ def test_pytorch(race: Race, contestant: str) -> None:
 
 
 @pytest.mark.large
-@pytest.mark.parametrize("contestant", ("detr_fast", "detr_fast-bf16"))
-def test_bfloat16(race: Race, contestant: str) -> None:
-    ways = ("detr_fast", "detr_fast-bf16")
-    race(f"inference in bfloat16 {SMALL.name}", contestant, lambda: inference(SMALL, ways, 3e-2))
+@pytest.mark.parametrize("contestant", PRECISIONS)
+@pytest.mark.parametrize("shape", [SMALL, InferenceShape()], ids=lambda shape: shape.name)
+def test_fewer_bits(race: Race, shape: InferenceShape, contestant: str) -> None:
+    race(f"inference in fewer bits {shape.name}", contestant, lambda: inference(shape, PRECISIONS, 5e-2))
 
 
 def inference(shape: InferenceShape, ways: tuple[str, ...], tolerance: float) -> Contest:

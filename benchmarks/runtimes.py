@@ -64,6 +64,11 @@ def bfloat16(model: Detr, images: Tensor) -> Run:
     return _pairs(optimize(model, dtype=torch.bfloat16))
 
 
+def int8(model: Detr, images: Tensor) -> Run:
+    """``optimize`` in 8-bit integers, calibrated on the images themselves."""
+    return _pairs(optimize(model, dtype=torch.int8, calibration=images))
+
+
 def _pairs(model: nn.Module) -> Run:
     def run(images: Tensor) -> tuple[Tensor, Tensor]:
         outputs = model(images)
@@ -153,4 +158,5 @@ WAYS: dict[str, Callable[[Detr, Tensor], Run]] = {
     "torch.compile": compiled,
     "detr_fast": ours,
     "detr_fast-bf16": bfloat16,
+    "detr_fast-int8": int8,
 }

@@ -174,12 +174,19 @@ def predict(
     cuda_graph: Annotated[
         bool, typer.Option("--cuda-graph", help="run each size of batch as a CUDA graph (not tried on a GPU yet)")
     ] = False,
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, or int8 (on a CPU: a ResNet's convolutions in 8-bit integers)")
+    ] = "float32",
+    calibration: Annotated[
+        Path | None, typer.Option(help="images on which int8 finds its scales; by default the first 8 of IMAGES")
+    ] = None,
 ) -> None:
     """Draw labelled boxes on images and write them in COCO's results format; exit code 1 where an image failed.
 
     With --panoptic the pictures show segments, and panoptic/ and panoptic.json are in COCO's panoptic format. A video
     gives an annotated .mp4 and a .jsonl with a line for each frame.
     """
+    from detr_fast.optimize_options import optimize_options
     from detr_fast.predict import AttentionFigures
     from detr_fast.predict_video import predict_inputs
     from detr_fast.predictor import Predictor
@@ -198,7 +205,9 @@ def predict(
         model_options=_model_options(dilation),
         batch_size=batch_size,
         device=choose_device(device),
-        optimized=_optimized(optimized, cuda_graph, choose_device(device)),
+        optimized=optimize_options(
+            optimized, cuda_graph=cuda_graph, device=choose_device(device), dtype=dtype, images=calibration or images
+        ),
         sharp_masks=sharp_masks,
         **settings,
     )
@@ -296,16 +305,6 @@ def check_data(
 
 def _model_options(dilation: bool | None) -> dict[str, Any]:
     return {} if dilation is None else {"dilation": dilation}
-
-
-def _optimized(optimized: bool, cuda_graph: bool, device: str) -> bool | dict[str, Any]:
-    if not cuda_graph:
-        return optimized
-    if not optimized:
-        raise ValueError("cuda-graph must be used without not-optimized: it is the optimised copy that has graphs")
-    if not device.startswith("cuda"):
-        raise ValueError(f"cuda-graph needs a CUDA device, got {device}")
-    return {"cuda_graph": True}
 
 
 def _categories(path: Path) -> dict[str, dict[int, Any]]:

@@ -113,7 +113,7 @@ class Predictor:
         is_thing_map: category id to whether it is a thing (True) or stuff, which ``panoptic`` needs to know.
         optimized: run an optimised copy of a model that contains a ResNet (see ``optimize``); what is done to the model
             later does not change the copy. Otherwise the model itself. The options of ``optimize``, such as
-            ``{"cuda_graph": True}``, ask for a copy of any model.
+            ``{"cuda_graph": True}``, ask for a copy of any model; their ``calibration`` is pictures, as of a call.
         sharp_masks: sharpen the outlines of segments by the image's colours (see ``detr_fast.sharp_masks``).
 
     Raises:
@@ -140,16 +140,13 @@ class Predictor:
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         model = model if device is None else model.to(device)
-        if isinstance(optimized, Mapping):
-            self.model = optimize(model, **optimized)
-        else:
-            self.model = optimize(model) if optimized and optimizes(model) else model
         self.categories = {int(number): name for number, name in (categories or {}).items()}
         self.is_thing_map = {int(number): bool(thing) for number, thing in (is_thing_map or {}).items()}
         self.sharp_masks = sharp_masks
         self.threshold = threshold
         self.batch_size = batch_size
         self._transform = eval_transforms(size, max_size)
+        self.model = self._optimized(model, optimized)
         self._postprocess = PostProcess()
 
     @classmethod
@@ -173,6 +170,14 @@ class Predictor:
             settings.setdefault("size", max(meta.args["scales"]))
             settings.setdefault("max_size", meta.args["max_size"])
         return cls(model, **{"categories": meta.categories, "is_thing_map": meta.is_thing_map, **settings})
+
+    def _optimized(self, model: nn.Module, optimized: bool | Mapping[str, Any]) -> nn.Module:
+        if not isinstance(optimized, Mapping):
+            return optimize(model) if optimized and optimizes(model) else model
+        options = dict(optimized)
+        if "calibration" in options:
+            options["calibration"] = [self.prepare(picture).pixels for picture in _listed(options["calibration"])]
+        return optimize(model, **options)
 
     @property
     def device(self) -> torch.device:

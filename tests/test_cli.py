@@ -196,6 +196,30 @@ def test_predict_by_cuda_graphs(run: Run, trained: Path, monkeypatch: pytest.Mon
     assert asked["optimized"] == {"cuda_graph": True} and asked["device"] == "cuda"
 
 
+def test_predict_in_fewer_bits(run: Run, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    arguments = ["predict", tmp_path / "broken.png", "--checkpoint", trained / "out" / "checkpoint.pth", "--device"]
+    arguments += ["cpu", "--dtype"]
+    for dtype, message in {
+        "int4": "dtype must be one of float32, bfloat16, int8, got 'int4'",
+        "int8": "calibration must name images that can be read for dtype int8, got none",
+    }.items():
+        ended = run(*arguments, dtype)
+        assert ended.code != 0 and message in plain(ended.err)
+    ended = run(*arguments, "bfloat16", "--not-optimized")
+    assert ended.code != 0 and "dtype must be float32 with not-optimized" in plain(ended.err)
+
+    asked: dict[str, dict[str, object]] = {}
+    monkeypatch.setattr(
+        "detr_fast.predictor.Predictor.from_checkpoint", lambda path, **settings: asked.update(settings)
+    )
+    monkeypatch.setattr("detr_fast.predict_video.predict_inputs", lambda *arguments, **settings: [])
+    assert run(*arguments, "bfloat16").code == 0 and asked["optimized"] == {"dtype": torch.bfloat16}
+    assert run(*arguments, "int8", "--calibration", trained / "val").code == 0
+    assert asked["optimized"]["dtype"] is torch.int8
+    assert len(asked["optimized"]["calibration"]) == 4
+
+
 def test_predict_on_a_video(run: Run, trained: Path, tmp_path: Path) -> None:
     pytest.importorskip("av", reason="needs PyAV, which the test extra installs")
     from test_video import make_video

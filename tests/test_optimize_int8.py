@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from small import small_detr
@@ -20,6 +21,7 @@ from detr_fast import ImageBatch, optimize
 from detr_fast.models.backbone import BasicBlock, ResNet
 from detr_fast.models.packed_resnet_int8 import PackedResNetInt8
 from detr_fast.models.segmentation import DetrSegm
+from detr_fast.predictor import Predictor
 
 
 def in_int8(model: nn.Module, calibration: Any) -> nn.Module:
@@ -128,6 +130,15 @@ def test_the_copy_can_be_exported() -> None:
         torch.testing.assert_close(
             program.module()(images)["pred_boxes"], fast(images)["pred_boxes"], atol=2e-2, rtol=0
         )
+
+
+def test_predictor_calibrates_on_pictures() -> None:
+    model, picture = resnet_detr(), np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)
+    options = {"dtype": torch.int8, "calibration": [picture, picture[:, ::-1]]}
+    fast, plain = (Predictor(model, threshold=0, size=64, optimized=choice) for choice in (options, False))
+    assert isinstance(fast.model.backbone[0].body, PackedResNetInt8)
+    (found,), (expected,) = fast(picture), plain(picture)
+    assert 0 < (found.scores - expected.scores).abs().max() < 0.05
 
 
 def test_a_copy_of_a_copy_is_the_same() -> None:
