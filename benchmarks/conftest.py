@@ -13,6 +13,7 @@ from benchmarks import machine, where
 from benchmarks.guard import ROUNDS, TRIES, Floors
 from benchmarks.harness import Contest, Timing, WrongResult, compare
 from benchmarks.results_file import table, write_results
+from detr_fast.bench.results import BUSY
 
 # --benchmark-quick: about as long each contestant is timed, and in how many rounds at least.
 QUICK_SECONDS, QUICK_ROUNDS = 0.05, 3
@@ -227,6 +228,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatu
     if results.timings:
         minutes, seconds = divmod(machine.elapsed_seconds(), 60)
         terminalreporter.write_line(f"{len(results.timings)} contests took {minutes} minutes and {seconds} seconds")
+        others = machine.cores_of_others()
+        if others is not None and others > BUSY:
+            terminalreporter.write_line(f"other processes kept {others:.1f} cores busy meanwhile", yellow=True)
     if write(config, finished=exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)):
         terminalreporter.write_line(f"written: {config.getoption('--benchmark-results')}")
 

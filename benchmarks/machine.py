@@ -14,8 +14,24 @@ from pathlib import Path
 
 import torch
 
-STARTED = time.monotonic()
 PACKAGES = ("detr_fast", "torch", "triton", "numpy", "scipy", "transformers")
+
+
+def busy_seconds() -> float | None:
+    """Of all cores and processes since the system started, or None where the system does not tell."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return None
+    user, nice, system, _idle, _waiting, interrupts, more_interrupts, stolen = map(int, stat.read_text().split()[1:9])
+    return (user + nice + system + interrupts + more_interrupts + stolen) / os.sysconf("SC_CLK_TCK")
+
+
+def own_seconds() -> float:
+    """Of processor time, this process's and that of its children that have ended."""
+    return sum(os.times()[:4])
+
+
+STARTED, BUSY_BEFORE, OWN_BEFORE = time.monotonic(), busy_seconds(), own_seconds()
 
 
 @cache
@@ -35,6 +51,16 @@ def describe() -> dict[str, str]:
 def elapsed_seconds() -> int:
     """Since the benchmarks were read."""
     return round(time.monotonic() - STARTED)
+
+
+def cores_of_others() -> float | None:
+    """How many cores other processes kept busy since the benchmarks were read, on average: beyond a tenth of one, what
+    was measured meanwhile is of a busy machine. None where the system does not tell."""
+    busy = busy_seconds()
+    if busy is None or BUSY_BEFORE is None:
+        return None
+    others = busy - BUSY_BEFORE - (own_seconds() - OWN_BEFORE)
+    return round(max(0.0, others) / (time.monotonic() - STARTED), 2)
 
 
 def cpu_name() -> str:

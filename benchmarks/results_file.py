@@ -51,6 +51,7 @@ def write_results(
     """
     reasons = {name: str(error) for name, error in refused.items()}
     head = {**machine.describe(), "elapsed_seconds": machine.elapsed_seconds(), "finished": finished}
+    head["cores_of_others"] = machine.cores_of_others()
     head["refused"] = reasons
     head["skipped"] = {name: why for name, why in skipped.items() if why}
     lines = [f'"{key}": {json.dumps(value)}' for key, value in head.items()]

@@ -273,7 +273,9 @@ def bench_report(
     from detr_fast.bench.results import read_all
 
     if compare:
-        print(comparison.render(comparison.changes(*comparison.read_two(results or []))))
+        before, after = comparison.read_two(results or [])
+        print(comparison.render(comparison.changes(before, after)))
+        print("".join(f"{of.name}: {of.disturbance}\n" for of in (before, after) if of.disturbance), end="")
         return
     files = results or sorted(Path("benchmarks/results").glob("*.json"))
     found = read_all(files)

@@ -263,6 +263,13 @@ def test_the_command(tmp_path, files):
     assert "| x | 1.00 ms |" in readme.read_text()
     run = CliRunner().invoke(app, ["bench-report", "--compare", str(files[0]), str(files[0])])
     assert run.exit_code == 0 and "0 of 4 ratios differ" in run.output
+    assert "kept" not in run.output
+    contests = {"loss": [entry("original", 1.0, 1.0), entry("total", 0.1, 10.0)]}
+    quiet = write(tmp_path, "quiet", contests, cores_of_others=0.05)
+    noisy = write(tmp_path, "noisy", contests, cores_of_others=1.52)
+    run = CliRunner().invoke(app, ["bench-report", "--compare", str(quiet), str(noisy)])
+    assert run.output.endswith("noisy: other processes kept 1.5 cores busy meanwhile\n") and "quiet:" not in run.output
+    assert page.render(read_all([quiet, noisy])).count("cores busy meanwhile") == 1
     run = CliRunner().invoke(app, ["bench-report", "--compare"])
     assert isinstance(run.exception, ValueError) and "compare must be given two" in str(run.exception)
     run = CliRunner().invoke(app, ["bench-report", str(files[0]), str(files[0])])

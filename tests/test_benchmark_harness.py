@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import harness, original
+from benchmarks import harness, machine, original
 from benchmarks.harness import Contest, Contestant, WrongResult, compare
 from benchmarks.shapes import MATCHING_SHAPES, Shape
 
@@ -207,6 +207,16 @@ def run_pytest(*arguments: str, cwd: Path = REPOSITORY) -> subprocess.CompletedP
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="the system does not say how busy it is")
+def test_what_others_use_of_the_machine_is_counted_without_our_own(monkeypatch):
+    monkeypatch.setattr(machine, "STARTED", time.monotonic() - 10)
+    monkeypatch.setattr(machine, "OWN_BEFORE", machine.own_seconds() - 4)
+    monkeypatch.setattr(machine, "busy_seconds", lambda: machine.BUSY_BEFORE + 9)
+    assert machine.cores_of_others() == pytest.approx(0.5, abs=0.05)
+    monkeypatch.undo()
+    assert machine.busy_seconds() > machine.own_seconds()
+
+
 def test_benchmarks_are_skipped_with_a_reason_unless_asked_for():
     run = run_pytest("benchmarks/", "-rs")
     assert run.returncode == 0, run.stdout + run.stderr
@@ -225,6 +235,7 @@ def test_the_benchmark_option_runs_them_and_writes_both_files(tmp_path):
     assert "[1 of 7] matching coco-2" in run.stdout, "the progress line counts what -k picks"
     written = json.loads(results.read_text())
     assert {"cpu", "versions", "commit", "command"} <= set(written)
+    assert written["cores_of_others"] is None or written["cores_of_others"] >= 0
     assert 0 < written["elapsed_seconds"] < 300 and written["finished"]
     assert "1 contests took 0 minutes and " in run.stdout
     assert "-k 'test_matching and coco-2 and not cost'" in written["command"], "it can be typed as it stands"

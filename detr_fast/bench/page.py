@@ -114,6 +114,7 @@ def _origin(results: Results) -> str:
     head = results.head
     machine = f"{head['cpu']}; {head['memory']} of memory; GPU: {head['gpu']}; {head['system']}"
     lines = [_text(machine), _text(head["versions"]), f"commit {_text(head['commit'])}"]
+    lines += [f'<span class="refused">{results.disturbance}</span>'] if results.disturbance else []
     return f"<p>{'<br>'.join(lines)}<br><code>{_text(head['command'])}</code></p>"
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from detr_fast.bench.spread import ratio_to
 
+# Cores that others keep busy: beyond it durations are those of a busy machine.
+BUSY = 0.1
 HEAD = ("cpu", "memory", "gpu", "system", "versions", "commit", "command")
 
 
@@ -57,6 +59,7 @@ class Results:
         refused: contests without a speed, because a contestant was wrong, and what was wrong.
         skipped: by contest, who did not take part, and why.
         elapsed_seconds: how long the whole run took, where it was recorded.
+        cores_of_others: how many cores other processes kept busy meanwhile, on average, where it was recorded.
         finished: whether the run went to its end; one that was cut short has fewer contests.
     """
 
@@ -68,6 +71,14 @@ class Results:
     skipped: dict[str, dict[str, str]]
     elapsed_seconds: int | None = None
     finished: bool = True
+    cores_of_others: float | None = None
+
+    @property
+    def disturbance(self) -> str:
+        """In words, how busy others kept the machine; empty where they did not, or where it was not recorded."""
+        if self.cores_of_others is None or self.cores_of_others <= BUSY:
+            return ""
+        return f"other processes kept {self.cores_of_others:.1f} cores busy meanwhile"
 
     @property
     def is_quick(self) -> bool:
@@ -99,6 +110,7 @@ def read_results(file: Path) -> Results | None:
             skipped=content.get("skipped", {}),
             elapsed_seconds=content.get("elapsed_seconds"),
             finished=content.get("finished", True),
+            cores_of_others=content.get("cores_of_others"),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} must be a results file of the benchmarks: {error!r}") from error
