@@ -48,8 +48,10 @@ def load_torch(way: str, folder: Path, image: Any) -> Callable[[], Any]:
     from detr_fast import detr_resnet50, optimize
 
     images = torch.from_numpy(image)
-    model: torch.nn.Module = OriginalDetr() if way == "original" else detr_resnet50()
-    model.load_state_dict(torch.load(folder / "model.pth"))
+    file = folder / "model.pth"
+    model: torch.nn.Module = OriginalDetr() if way == "original" else detr_resnet50(pretrained=file)
+    if way == "original":
+        model.load_state_dict(torch.load(file))
     more = [torch.zeros(1, *images.shape[2:], dtype=torch.bool)] if way == "original" else []
     if way != "original":
         model = optimize(model, dtype=torch.bfloat16 if way == "detr_fast-bf16" else None)

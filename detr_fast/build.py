@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detr_fast.checkpoint import CheckpointError, load_checkpoint, load_weights
+from detr_fast.checkpoint import CheckpointError, WithoutRandomWeights, load_checkpoint, load_weights
 from detr_fast.config import LossConfig, ModelConfig, OptimConfig
 from detr_fast.criterion import SetCriterion
 from detr_fast.matcher import HungarianMatcher
@@ -198,7 +198,8 @@ def model_from_checkpoint(path: str | os.PathLike[str], **overrides: Any) -> tup
     state_dict = checkpoint.get("ema") or checkpoint["model"]
     # Nothing is frozen in a model that is loaded, whatever it was trained with.
     args = DEFAULTS | checkpoint["args"] | _read_architecture(state_dict, path) | {"frozen_weights": None} | overrides
-    model = model_from_args(SimpleNamespace(**args))
+    with WithoutRandomWeights():
+        model = model_from_args(SimpleNamespace(**args))
     load_weights(model, state_dict)
     categories = {int(key): str(name) for key, name in (checkpoint.get("categories") or {}).items()}
     return model.eval(), CheckpointMeta(categories, _things(checkpoint, args["num_classes"]), args)

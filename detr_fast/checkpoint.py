@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 _ZIP_MAGIC = b"PK\x03\x04"  # torch.save since 1.6
 _PICKLE_MAGIC = b"\x80\x02"  # torch.save before that
@@ -170,6 +171,23 @@ def _save_torch(contents: Mapping[str, Any], file: BinaryIO) -> None:
     torch.save(dict(contents), cast(Any, writer))
     if writer.error is not None:
         raise writer.error
+
+
+class WithoutRandomWeights(TorchFunctionMode):
+    """Layers that are made inside keep what their memory held: for models whose every weight is loaded next.
+
+    To draw the 41 million random numbers of a DETR-R50 takes 0.4 s, half of what it takes from an import to the model.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _DRAWING:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+# Methods of tensors, and those functions of torch.nn.init that a mode sees before the methods.
+_DRAWING = ("uniform_", "normal_", "kaiming_uniform_", "kaiming_normal_")
 
 
 def prepare_output_folder(path: str | os.PathLike[str]) -> Path:

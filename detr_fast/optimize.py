@@ -15,7 +15,7 @@ from detr_fast.models.backbone import Backbone, ResNet
 from detr_fast.models.detr import Detr
 from detr_fast.models.packed_resnet import PackedResNet, can_pack
 from detr_fast.models.packed_resnet_int8 import Calibration
-from detr_fast.models.packed_transformer import pack_transformer, packed_weights
+from detr_fast.models.packed_transformer import pack_heads, pack_transformer, packed_weights
 from detr_fast.models.segmentation import DetrSegm
 from detr_fast.models.transformer import Transformer
 
@@ -36,7 +36,7 @@ def optimize(
     Every ResNet in it becomes a ``PackedResNet``: batch norms folded into weights that lie as the convolutions read
     them, bias, sum and ReLU inside the convolutions, and large maps in memory that is used again by the next call. Any
     other backbone, and a ResNet with other norms, stays as it is. A ``Transformer`` in float32 on a CPU has
-    the weights of its linear layers packed.
+    the weights of its linear layers packed, as has a ``Detr`` those before and after it.
 
     The copy takes the arguments of the model and images of any size; it can be pickled, copied, moved to a device and
     called by several threads at once. It is in eval mode, needs no gradients, and has no packed weights in its
@@ -82,6 +82,8 @@ def optimize(
     for module in list(fast.modules()):
         if isinstance(module, Transformer) and packs_transformers:
             pack_transformer(module)
+        if isinstance(module, Detr) and packs_transformers:
+            pack_heads(module)
     fast.eval().requires_grad_(False)
     for module in fast.modules():
         if isinstance(module, Detr):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from detr_fast.checkpoint import (
     CheckpointError,
+    WithoutRandomWeights,
     load_checkpoint,
     load_weights,
     prepare_output_folder,
@@ -267,6 +268,16 @@ def test_class_head_of_another_size() -> None:
     assert load_weights(model, saved, reset_class_head=True) == ["class_embed.weight", "class_embed.bias"]
     assert torch.equal(model.state_dict()["class_embed.weight"], before["class_embed.weight"])
     assert torch.equal(model.state_dict()["input_proj.weight"], saved["input_proj.weight"])
+
+
+def test_weights_are_random_again_after_a_model_without() -> None:
+    before = torch.get_rng_state()
+    with WithoutRandomWeights():
+        nn.init.xavier_uniform_(nn.Linear(3, 3).weight)
+        nn.init.kaiming_normal_(nn.Conv2d(3, 3, 1).weight)
+        nn.init.zeros_(zeros := nn.Embedding(2, 3).weight)
+    assert torch.equal(torch.get_rng_state(), before) and not zeros.any()
+    assert not torch.equal(nn.Linear(3, 3).weight, nn.Linear(3, 3).weight)
 
 
 def test_reset_also_drops_a_head_of_equal_size() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from detr_fast.models.attention import Heads, MultiHeadAttention
+from detr_fast.models.detr import Detr
 from detr_fast.models.feed_forward import ACTIVATIONS
 from detr_fast.models.packed_resnet import applied
 from detr_fast.models.tokens import TokenLayout
@@ -60,6 +61,14 @@ class PackedLinear(nn.Module):
         super()._apply(fn, recurse)
         self.packed = applied(fn, self.packed)
         return self
+
+
+class PackedProjection(PackedLinear):
+    """The same for every pixel of a map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, D, h, w] to [B, K, h, w]."""
+        return conv(x, self.packed, relu=self.relu)
 
 
 class PackedSelfAttention(MultiHeadAttention):
@@ -195,10 +204,24 @@ def _packed_decoder_layer(layer: Any) -> DecoderLayer:
     )
 
 
+def pack_heads(detr: Detr) -> None:
+    """Pack the linear layers before and after the transformer, if they are in float32 on a CPU."""
+    projection, classes, boxes = detr.input_proj, detr.class_embed, detr.bbox_embed
+    if _can_pack(projection.weight):
+        detr.input_proj = PackedProjection(projection.weight[:, :, 0, 0], projection.bias)  # type: ignore[assignment]
+        detr.class_embed = PackedLinear.of(classes)  # type: ignore[assignment]
+        linears: list[nn.Linear] = list(boxes.layers)  # type: ignore[arg-type]
+        layers = [PackedLinear.of(linear, relu=linear is not linears[-1]) for linear in linears]
+        detr.bbox_embed = nn.Sequential(*layers)  # type: ignore[assignment]
+
+
+def _can_pack(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype == torch.float32
+
+
 def packed_weights(transformer: Transformer) -> list[Tensor]:
     """The weights of which ``pack_transformer`` leaves nothing in the transformer; none where it does nothing."""
-    weight = next(transformer.parameters())
-    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+    if not _can_pack(next(transformer.parameters())):
         return []
     layers = [*transformer.encoder.layers, *transformer.decoder.layers]
     return [weight for layer in layers for weight in layer.parameters() if weight.ndim == 2]

@@ -6,7 +6,7 @@ import os
 
 from torch import nn
 
-from detr_fast.checkpoint import load_checkpoint, load_weights
+from detr_fast.checkpoint import WithoutRandomWeights, load_checkpoint, load_weights
 from detr_fast.models.backbone import Backbone, FeatureBackbone, Joiner, TinyConvNet
 from detr_fast.models.detr import Detr
 from detr_fast.models.position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine
@@ -105,16 +105,20 @@ def detr_resnet101_panoptic(
 
 
 def _detr(backbone: str, dilation: bool, num_classes: int, pretrained: PathLike | None, aux_loss: bool) -> Detr:
-    model = _assemble(backbone, dilation, num_classes, aux_loss, return_interm_layers=False)
-    if pretrained is not None:
-        load_weights(model, load_checkpoint(pretrained)["model"])
+    if pretrained is None:
+        return _assemble(backbone, dilation, num_classes, aux_loss, return_interm_layers=False)
+    with WithoutRandomWeights():
+        model = _detr(backbone, dilation, num_classes, None, aux_loss)
+    load_weights(model, load_checkpoint(pretrained)["model"])
     return model
 
 
 def _panoptic(backbone: str, dilation: bool, num_classes: int, pretrained: PathLike | None, aux_loss: bool) -> DetrSegm:
-    model = DetrSegm(_assemble(backbone, dilation, num_classes, aux_loss, return_interm_layers=True))
-    if pretrained is not None:
-        load_weights(model, load_checkpoint(pretrained)["model"])
+    if pretrained is None:
+        return DetrSegm(_assemble(backbone, dilation, num_classes, aux_loss, return_interm_layers=True))
+    with WithoutRandomWeights():
+        model = _panoptic(backbone, dilation, num_classes, None, aux_loss)
+    load_weights(model, load_checkpoint(pretrained)["model"])
     return model
 
 
