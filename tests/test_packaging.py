@@ -103,6 +103,7 @@ tokens, offsets = torch.ones(3, 1, 16), TokenOffsets.of([1, 2], "cpu")
 masks = torch.stack([torch.eye(2), 1 - torch.eye(2)])
 places = Places.of(np.arange(2), 2, 2)
 maps, packed = torch.ones(1, 2, 6, 6), PackedConv.of(torch.ones(1, 2, 1, 1), None)
+stage = PackedBlocks([PackedBlock((PackedConv.of(torch.ones(2, 2, 1, 1)),) * 2)])
 in_bytes = PackedConvInt8.of(torch.full((1, 2, 1, 1), 127.0), x=Steps(1 / 127))
 linear, norm = PackedConv.of(torch.zeros(4, 4, 1, 1), torch.zeros(4)), Norm(torch.ones(4), torch.ones(4), 1e-5)
 both = PackedConv.of(torch.zeros(8, 4, 1, 1), torch.zeros(8))
@@ -117,6 +118,7 @@ runs = {
     "mask_argmax": lambda: mask_argmax(masks, places, places).tolist() == [[0, 1], [1, 0]],
     "mask_threshold": lambda: mask_threshold(masks, places, places, 0.5).tolist() == masks.long().tolist(),
     "conv": lambda: conv(maps, packed).flatten().tolist() == [2.0] * 36,
+    "conv_blocks": lambda: conv_blocks(maps, stage).flatten().tolist() == [5.0] * 72,
     "conv_int8": lambda: conv_int8(maps.byte(), in_bytes).flatten().tolist() == [2.0] * 36,
     "conv_max_pool": lambda: conv_max_pool(maps, packed).flatten().tolist() == [2.0] * 9,
     "residual_block": lambda: residual_block(maps, [block]).flatten().tolist() == [3.0] * 72,
