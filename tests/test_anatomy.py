@@ -41,7 +41,7 @@ def test_a_clock_tells_the_parts_apart() -> None:
 
 def test_both_ways_of_a_training_step_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(where, "device", lambda: torch.device("cpu"))
-    monkeypatch.setattr(bench_train_step, "timings_of_parts", partial(timings_of_parts, rounds=1))
+    monkeypatch.setattr(bench_train_step, "timings_of_parts", partial(timings_of_parts, rounds=2))
     contest = bench_train_step.contest(bench_train_step.CHECKED)
     for contestant in contest.contestants:
         refuse_unless_right(contestant, contest.check)

@@ -31,7 +31,8 @@ def compile_cpp(cxx: str, tmp_path_factory: pytest.TempPathFactory) -> Compile:
         binary = folder / name
         command = [cxx, "-std=c++17", "-Wall", "-Wextra", "-Werror", "-fopenmp-simd", "-ffp-contract=off", "-pthread"]
         command += [*flags, *(str(root / source) for source in sources), "-o", str(binary)]
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
+        # The slowest takes two minutes of a free core.
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600, check=False)
         if "cannot find" in done.stderr and "-fsanitize" in " ".join(flags):
             pytest.skip(f"this compiler has no runtime for {' '.join(flags)}")
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
